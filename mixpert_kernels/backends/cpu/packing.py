@@ -1,0 +1,85 @@
+"""Weights in oneDNN's blocked layout, made once and made again when the weights change.
+
+A packed copy belongs to the storage of its sources, not to a tensor object: torch.compile and autograd hand the same
+parameter over as ever new objects. It is used only while every source still has the storage, version counter and
+sampled values it was packed from. The version counter sees in-place updates and load_state_dict; the sample sees
+updates made through ``param.data``, which do not count.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+SAMPLES = 32
+
+
+class Packed(NamedTuple):
+    weight: Tensor  # (N, K) in oneDNN's layout
+    bias: Tensor | None  # (N,)
+
+
+class _Entry(NamedTuple):
+    packed: Packed
+    storages: tuple[StorageWeakRef, ...]
+    state: tuple
+
+
+_entries: dict[tuple, _Entry] = {}
+
+
+def packed(
+    weights: list[Tensor],  # each (E, N_i, K)
+    biases: list[Tensor],  # each (E, N_i), or empty
+    scale: Tensor | None,  # (E, N), folded in
+    expert: int,
+    dtype: torch.dtype,
+) -> Packed | None:
+    """Return expert ``expert``'s layer packed in ``dtype``; None where the sources cannot be watched."""
+    sources = [*weights, *biases] if scale is None else [*weights, *biases, scale]
+    if any(t.is_inference() for t in sources):  # inference tensors have no version counter
+        return None
+    key = (expert, dtype, *(t.data_ptr() for t in sources))
+    state = tuple(_state(t, expert) for t in sources)
+    entry = _entries.get(key)
+    if entry is not None and entry.state == state and not _expired(entry):
+        return entry.packed
+    for stale in [k for k, e in list(_entries.items()) if _expired(e)]:
+        _entries.pop(stale, None)
+    storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources)
+    entry = _Entry(_pack(weights, biases, scale, expert, dtype), storages, state)
+    _entries[key] = entry
+    return entry.packed
+
+
+def packed_bytes() -> int:
+    """Bytes held in packed copies."""
+    return sum(e.packed.weight.untyped_storage().nbytes() for e in list(_entries.values()))
+
+
+def clear() -> None:
+    """Drop every packed copy; they are made again when needed."""
+    _entries.clear()
+
+
+def _pack(weights, biases, scale, expert, dtype) -> Packed:
+    weight = torch.cat([w[expert] for w in weights])
+    bias = torch.cat([b[expert] for b in biases]) if biases else None
+    if scale is not None:
+        weight = weight.float() * scale[expert].float()[:, None]
+        bias = None if bias is None else bias.float() * scale[expert].float()
+    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
+    return Packed(weight, None if bias is None else bias.to(dtype))
+
+
+def _state(source: Tensor, expert: int) -> tuple:
+    values = source[expert].flatten()
+    sample = values[:: max(1, values.numel() // SAMPLES)].sum().item()
+    return (source.untyped_storage()._cdata, source._version, source.shape, source.stride(), sample)
+
+
+def _expired(entry: _Entry) -> bool:
+    return any(storage.expired() for storage in entry.storages)

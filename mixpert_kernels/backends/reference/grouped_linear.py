@@ -1,0 +1,93 @@
+"""Defines grouped_linear: tile by tile, so that a tile's result is bitwise the same in any batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import activate, activate_backward
+
+
+def grouped_linear(
+    x: Tensor,  # (B, T, K)
+    weights: list[Tensor],  # each (E, N_i, K)
+    biases: list[Tensor],  # each (E, N_i), or empty
+    expert: Tensor,  # (B,) int32
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+    residual: Tensor | None,  # (B, T, N)
+    scale: Tensor | None,  # (E, N)
+    for_backward: bool,
+) -> tuple[Tensor, Tensor]:  # (B, T, N), pre-activation (B, T, N) or empty
+    weight = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
+    bias = torch.cat(biases, 1) if biases else None
+    z = torch.stack(
+        [
+            F.linear(x_b, row(weight, e), None if bias is None else row(bias, e))
+            for x_b, e in zip(tiles(x), expert, strict=True)
+        ]
+    )
+    y = activate(activation, z)
+    if scale is not None:
+        y = y * scale[expert][:, None]
+    if residual is not None:
+        y = y + residual
+    return y, z if stores_pre(activation, scale, for_backward) else x.new_empty(0)
+
+
+def stores_pre(activation: str, scale: Tensor | None, for_backward: bool) -> bool:
+    """The pre-activation is what backward needs of the forward pass, and only for these."""
+    return for_backward and (activation != "none" or scale is not None)
+
+
+def tiles(x: Tensor) -> list[Tensor]:
+    """The tiles of x (B, T, K), each in memory of its own: BLAS may round differently at another alignment."""
+    return [tile.clone() for tile in x]
+
+
+def row(table: Tensor, e: Tensor) -> Tensor:
+    """table[e] without reading e on the host."""
+    return table.index_select(0, e.reshape(1)).squeeze(0)
+
+
+def grouped_linear_backward(
+    dy: Tensor,  # (B, T, N)
+    x: Tensor,  # (B, T, K)
+    weights: list[Tensor],
+    biases: list[Tensor],
+    pre: Tensor,  # (B, T, N) or empty
+    expert: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+    scale: Tensor | None,
+    needs: list[bool],  # of x, weights, biases, scale
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    needs_x, needs_weight, needs_bias, needs_scale = needs
+    none = dy.new_empty(0)
+    dscale = none
+    if needs_scale:
+        dscale = add_by_expert((dy * activate(activation, pre)).sum(1), expert, scale)
+    dz = dy if scale is None else dy * scale[expert][:, None]
+    dz = activate_backward(activation, dz, pre)
+    weight = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
+    dx = none
+    if needs_x:
+        dx = torch.stack([d @ row(weight, e) for d, e in zip(tiles(dz), expert, strict=True)])
+    sizes = [w.shape[1] for w in weights]
+    dweights = []
+    if needs_weight:
+        dweight = weight.new_zeros(weight.shape)
+        for dz_b, x_b, e in zip(tiles(dz), tiles(x), expert, strict=True):
+            dweight.index_add_(0, e.reshape(1), (dz_b.T @ x_b)[None])
+        dweights = [d.contiguous() for d in dweight.split(sizes, 1)]
+    dbiases = []
+    if needs_bias:
+        dbias = add_by_expert(dz.sum(1), expert, torch.cat(biases, 1))
+        dbiases = [d.contiguous() for d in dbias.split(sizes, 1)]
+    return dx, dweights, dbiases, dscale
+
+
+def add_by_expert(rows: Tensor, expert: Tensor, like: Tensor) -> Tensor:
+    """Sum rows (B, N) into (E, N) in batch order; exact zeros for an expert without a tile."""
+    return like.new_zeros(like.shape).index_add_(0, expert, rows)

@@ -1,0 +1,68 @@
+"""Argument checks the ops share. Every message: ``<op>: <name> must <condition>, got <value>``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixpert_kernels.routing import Routing
+
+
+def require(holds: bool, op: str, name: str, condition: str, got: object) -> None:
+    if not holds:
+        raise ValueError(f"{op}: {name} must {condition}, got {got}")
+
+
+def require_shape(op: str, name: str, tensor: Tensor, *shape: int | str) -> None:
+    """Each entry of ``shape`` is a size, or a letter that stands for any size of at least 1."""
+    ok = tensor.ndim == len(shape) and all(
+        size >= 1 if isinstance(want, str) else size == want
+        for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not ok:
+        want = f"({', '.join(map(str, shape))}{',' * (len(shape) == 1)})"
+        raise ValueError(f"{op}: {name} must have shape {want}, got {tuple(tensor.shape)}")
+
+
+def require_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Same device and dtype as ``x``."""
+    if tensor.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be on the device of x, {x.device}, got {tensor.device}"
+        )
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def require_floating(op: str, name: str, tensor: Tensor) -> None:
+    require(
+        isinstance(tensor, Tensor) and tensor.is_floating_point(),
+        op,
+        name,
+        "be a floating-point tensor",
+        tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__,
+    )
+
+
+def require_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> None:
+    require(isinstance(routing, Routing), op, "routing", "be a Routing", type(routing).__name__)
+    require_shape(op, "routing.expert", routing.expert, x.shape[0])
+    require(
+        routing.num_experts == num_experts,
+        op,
+        "routing",
+        f"be over the weight's {num_experts} experts",
+        routing.num_experts,
+    )
+    if routing.expert.device != x.device:
+        raise ValueError(
+            f"{op}: routing must be on the device of x, {x.device}, got {routing.expert.device}"
+        )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype autocast wants for matrix products on the device of ``x``; None outside autocast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

@@ -1,0 +1,128 @@
+"""grouped_layer_norm: each tile through the LayerNorm of its expert."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixpert_kernels.backends import pick
+from mixpert_kernels.routing import Routing
+
+from ._checks import (
+    autocast_dtype,
+    require,
+    require_floating,
+    require_like,
+    require_routing,
+    require_shape,
+)
+from ._library import register, register_gradient, register_no_second_gradient
+
+
+def grouped_layer_norm(
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (E, D)
+    bias: Tensor | None,  # (E, D)
+    routing: Routing,
+    *,
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor:  # (B, T, D)
+    """Normalise each token over D, with the gain and offset of its tile's expert.
+
+    ``y[b, t] = (x[b, t] - mean) / sqrt(var + eps) * weight[e] + bias[e]`` with ``e = routing.expert[b]`` and the
+    biased variance.
+
+    Args:
+        x: (B, T, D) floating point.
+        weight: (E, D), dtype and device of ``x``.
+        bias: (E, D) or None.
+        routing: which expert serves each tile.
+        eps: added to the variance; at least 0.
+        backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
+
+    Returns:
+        (B, T, D) in the dtype of ``x`` (float32 under autocast); statistics in float32 or better.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or eps is negative.
+        RuntimeError: no backend can run the call.
+
+    Cost:
+        Memory: the output and two numbers a token. Never waits for the device.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 3.0]], [[1.0, 3.0]]])
+        >>> gain = torch.tensor([[1.0, 1.0], [10.0, 10.0]])
+        >>> grouped_layer_norm(x, gain, None, Routing.forced(torch.tensor([1, 0]), 2), eps=0.0).flatten()
+        tensor([-10.,  10.,  -1.,   1.])
+    """
+    op = "grouped_layer_norm"
+    require_floating(op, "x", x)
+    if autocast_dtype(x) is not None:
+        x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
+    require_shape(op, "weight", weight, "E", "D")
+    require_shape(op, "x", x, "B", "T", weight.shape[1])
+    require_like(op, "weight", weight, x)
+    if bias is not None:
+        require_shape(op, "bias", bias, *weight.shape)
+        require_like(op, "bias", bias, x)
+    require(eps >= 0, op, "eps", "be at least 0", eps)
+    require_routing(op, routing, x, weight.shape[0])
+    return torch.ops.mixpert.grouped_layer_norm(x, weight, bias, routing.expert, eps, backend)[0]
+
+
+def _run(x, weight, bias, expert, eps, backend):
+    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    return chosen.grouped_layer_norm(x, weight, bias, expert, eps)
+
+
+def _fake(x, weight, bias, expert, eps, backend):
+    # PyTorch keeps the statistics of half-precision rows in float32 on a GPU and in the row's own dtype on a CPU.
+    wide = x.dtype if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
+    statistic = x.new_empty(*x.shape[:2], 1, dtype=wide)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, expert, _, ctx.backend = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, bias, mean, rstd, expert)
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _backward(ctx, dy, _dmean, _drstd):
+    saved = ctx.saved_tensors  # once: gradient checkpointing unpacks them a single time
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx, dweight, dbias = torch.ops.mixpert.grouped_layer_norm_backward(dy, *saved, ctx.backend)
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        *[None] * 3,
+    )
+
+
+def _run_backward(dy, x, weight, bias, mean, rstd, expert, backend):
+    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    return chosen.grouped_layer_norm_backward(dy, x, weight, bias, mean, rstd, expert)
+
+
+def _fake_backward(dy, x, weight, bias, mean, rstd, expert, backend):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+register(
+    "grouped_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor expert, float eps, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+register(
+    "grouped_layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "Tensor expert, str backend) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+register_gradient("grouped_layer_norm", _backward, _setup_context)
+register_no_second_gradient("grouped_layer_norm")

@@ -1,0 +1,80 @@
+"""Routing: the one carrier of a routing decision."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Which expert serves each tile of a batch.
+
+    Everything lives on the device of the features; nothing here is ever read by the host on a GPU. ``order`` and
+    ``offsets`` list the tiles expert by expert: expert ``e`` serves tiles ``order[offsets[e]:offsets[e + 1]]``. They
+    steer the visiting order of kernels and the weight gradients; results never depend on them.
+    """
+
+    expert: Tensor  # (B,) int32
+    order: Tensor  # (B,) int32, tiles sorted by expert, stable
+    offsets: Tensor  # (E + 1,) int32
+    scores: Tensor | None = (
+        None  # (I, E) float32, the router's probabilities; None for a forced route
+    )
+
+    @property
+    def num_experts(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @classmethod
+    def forced(cls, expert: Tensor, num_experts: int, scores: Tensor | None = None) -> Routing:
+        """Send tile ``b`` to ``expert[b]`` (teacher routing).
+
+        Args:
+            expert: (B,) integer tensor, 0 <= expert < num_experts. Values are checked on a CPU; on a GPU a check would
+                make the host wait, so they are not.
+            num_experts: E.
+            scores: (I, E) router probabilities to carry along.
+
+        Raises:
+            ValueError: wrong rank, dtype or, on a CPU, an id out of range.
+
+        Example:
+            >>> Routing.forced(torch.tensor([2, 0, 2]), 3).offsets
+            tensor([0, 1, 1, 3], dtype=torch.int32)
+        """
+        check_expert_ids("Routing.forced", expert, num_experts)
+        return cls(*counting_sort(expert, num_experts), scores)
+
+    @classmethod
+    def single(cls, batch: int, device: torch.device | str | None = None) -> Routing:
+        """Route every tile to the only expert there is: what a shared (not cloned) layer uses."""
+        tiles = torch.arange(batch, dtype=torch.int32, device=device)
+        offsets = torch.tensor([0, batch], dtype=torch.int32, device=device)
+        return cls(torch.zeros_like(tiles), tiles, offsets)
+
+
+def counting_sort(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (expert, order, offsets) as int32, without a data-dependent shape or host read."""
+    ids, order = torch.sort(expert.to(torch.int32), stable=True)
+    bounds = torch.arange(num_experts + 1, dtype=torch.int32, device=expert.device)
+    offsets = torch.searchsorted(ids, bounds, out_int32=True)
+    return expert.to(torch.int32), order.to(torch.int32), offsets
+
+
+def check_expert_ids(caller: str, expert: Tensor, num_experts: int) -> None:
+    """Raise ValueError unless ``expert`` is a 1-D integer tensor of ids below ``num_experts``."""
+    if not isinstance(expert, Tensor):
+        raise ValueError(f"{caller}: expert must be an integer tensor, got {type(expert).__name__}")
+    if expert.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{caller}: expert must have dtype int32 or int64, got {expert.dtype}")
+    if expert.ndim != 1:
+        raise ValueError(f"{caller}: expert must have 1 dimension, got {expert.ndim}")
+    if num_experts < 1:
+        raise ValueError(f"{caller}: num_experts must be at least 1, got {num_experts}")
+    if expert.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = expert[(expert < 0) | (expert >= num_experts)]
+    if len(wrong):
+        raise ValueError(f"{caller}: expert must lie in 0..{num_experts - 1}, got {int(wrong[0])}")
