@@ -1,0 +1,17 @@
+"""Experts of any block: grouped leaves, expertize, the fused plan, the router."""
+
+from .expertize import ExpertBlock, expertize
+from .grouped import GroupedLayerNorm, GroupedLinear, GroupedParameter, GroupedRMSNorm
+from .prenorm import PreNormPlan
+from .router import Router
+
+__all__ = [
+    "ExpertBlock",
+    "GroupedLayerNorm",
+    "GroupedLinear",
+    "GroupedParameter",
+    "GroupedRMSNorm",
+    "PreNormPlan",
+    "Router",
+    "expertize",
+]

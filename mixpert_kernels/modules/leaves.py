@@ -1,0 +1,84 @@
+"""What the fused plans know of leaves: which are plain, and how to call an op by their parameters."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mixpert_kernels.ops import grouped_layer_norm, grouped_linear
+from mixpert_kernels.routing import Routing
+
+from .grouped import GroupedLayerNorm, GroupedLinear
+
+ACTIVATION_CLASSES = {
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "Identity": "none",
+    "LinearActivation": "none",
+}
+
+
+def linear(
+    x: Tensor,
+    leaves: tuple[nn.Module, ...],
+    routing: Routing,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """grouped_linear by the parameters of leaves, grouped or plain, side by side."""
+    weights = [_grouped(leaf.weight, 3) for leaf in leaves]
+    biases = [_grouped(leaf.bias, 2) for leaf in leaves if leaf.bias is not None]
+    return grouped_linear(
+        x, weights, biases or None, routing, activation=activation, residual=residual, scale=scale
+    )
+
+
+def layer_norm(x: Tensor, leaf: nn.Module, routing: Routing) -> Tensor:
+    weight, bias = _grouped(leaf.weight, 2), leaf.bias
+    bias = None if bias is None else _grouped(bias, 2)
+    return grouped_layer_norm(x, weight, bias, routing, eps=leaf.eps)
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """The name grouped_linear knows an activation module by; None if it knows none."""
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return ACTIVATION_CLASSES.get(type(module).__name__)
+
+
+def is_plain(leaf: object) -> bool:
+    """Exactly a leaf whose parameters are all there is to it: no wrapper, no hook, no replaced forward."""
+    return (
+        type(leaf) in (nn.Linear, nn.LayerNorm, GroupedLinear, GroupedLayerNorm)
+        and not leaf._forward_hooks
+        and not leaf._forward_pre_hooks
+        and "forward" not in leaf.__dict__
+        and leaf.weight is not None
+        and not parametrize.is_parametrized(leaf)
+    )
+
+
+def get(block: nn.Module, path: str) -> object:
+    owner, _, name = path.rpartition(".")
+    return getattr(block.get_submodule(owner), name)
+
+
+def exists(block: nn.Module, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        holder = block.get_submodule(owner)
+    except AttributeError:
+        return False
+    # hasattr would read a parametrized attribute, which needs a bound routing
+    return parametrize.is_parametrized(holder, name) or hasattr(holder, name)
+
+
+def _grouped(parameter: Tensor, ndim: int) -> Tensor:
+    """The parameter with its expert dimension; a plain leaf is one expert."""
+    return parameter if parameter.ndim == ndim else parameter.unsqueeze(0)

@@ -1,0 +1,172 @@
+"""The fused plan of pre-LN ViT blocks.
+
+    x = x + scale1 * out(attention(qkv(norm1(x))))
+    x = x + scale2 * fc2(act(fc1(norm2(x))))
+
+Seven calls whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias, scale
+and residual), LayerNorm, fc1 (with bias and activation), fc2 (with bias, scale and residual). The same plan serves a
+shared block, with plain leaves and one expert, and an expertized one: it reads the parameters where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from mixpert_kernels.backends.cpu.native import compute_dtype
+from mixpert_kernels.routing import Routing
+
+from .leaves import activation_name, exists, get, is_plain, layer_norm, linear
+
+
+@dataclass(frozen=True)
+class PreNormPlan:
+    """Where the roles of a pre-LN block are: a dotted path each, below the block."""
+
+    norm1: str
+    query: str
+    key: str
+    value: str
+    out: str
+    norm2: str
+    fc1: str
+    fc2: str
+    activation: str
+    heads: str
+    scale1: str | None = None  # LayerScale: path of the parameter
+    scale2: str | None = None
+
+    @staticmethod
+    def of(block: nn.Module) -> PreNormPlan | None:
+        """Return the plan of a known block; None for any other, whose own forward then runs."""
+        for plan in PLANS.get(type(block).__name__, ()):
+            if plan._fits(block):
+                return plan
+        return None
+
+    def _fits(self, block: nn.Module) -> bool:
+        paths = [getattr(self, f.name) for f in fields(self)]
+        return (
+            all(path is None or exists(block, path) for path in paths)
+            and all(is_plain(leaf) for leaf in self._leaves(block))
+            and len({leaf.bias is None for leaf in self._leaves(block)[1:4]}) == 1
+            and activation_name(get(block, self.activation)) is not None
+        )
+
+    def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
+        """Whether the plan computes what the block's own forward would, for this call.
+
+        Not when a leaf was replaced or hooked since (LoRA, offloading), with an attention mask or any other argument
+        that is not None, nor when dropout or stochastic depth is at work.
+        """
+        if any(a is not None for a in (*args, *(kwargs or {}).values())):
+            return False
+        if not all(is_plain(leaf) for leaf in self._leaves(block)):
+            return False
+        return not block.training or _drop_rate(block) == 0
+
+    def _leaves(self, block: nn.Module) -> list[nn.Module]:
+        roles = (self.norm1, self.query, self.key, self.value, self.out)
+        return [get(block, path) for path in (*roles, self.norm2, self.fc1, self.fc2)]
+
+    def run(self, block: nn.Module, x: Tensor, routing: Routing) -> Tensor:
+        """Run the block on x (B, T, D)."""
+        norm1, query, key, value, out, norm2, fc1, fc2 = self._leaves(block)
+        heads = get(block, self.heads)
+        qkv = linear(layer_norm(x, norm1, routing), (query, key, value), routing)  # (B, T, 3D)
+        y = attention(qkv, heads)  # (B, T, D)
+        scale1, scale2 = (scale_table(block, path) for path in (self.scale1, self.scale2))
+        x = linear(y, (out,), routing, residual=x, scale=scale1)
+        y = layer_norm(x, norm2, routing)
+        y = linear(y, (fc1,), routing, activation=activation_name(get(block, self.activation)))
+        return linear(y, (fc2,), routing, residual=x, scale=scale2)
+
+
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """Full self-attention: (B, T, 3D) -> (B, T, D), one call for all experts; no copy is made of q, k or v."""
+    batch, tokens, width = qkv.shape
+    dtype = qkv.dtype
+    if qkv.device.type == "cpu":
+        qkv = qkv.to(compute_dtype(dtype))
+    q, k, v = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind()
+    y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D / H)
+    return y.transpose(1, 2).reshape(batch, tokens, width // 3).to(dtype)
+
+
+def scale_table(block: nn.Module, path: str | None) -> Tensor | None:
+    """A LayerScale as (E, D), whether it is grouped or plain."""
+    if path is None:
+        return None
+    owner_path, _, name = path.rpartition(".")
+    owner = block.get_submodule(owner_path)
+    if parametrize.is_parametrized(owner, name):
+        return owner.parametrizations[name].original
+    return getattr(owner, name).unsqueeze(0)
+
+
+def _plan(
+    attention: str,
+    leaves: str,
+    norms: str,
+    *,
+    heads: str = "num_attention_heads",
+    act: str = "activation_fn",
+    **more: str,
+) -> PreNormPlan:
+    roles = (f"{attention}.{leaf}" for leaf in leaves.split())
+    norm1, norm2 = norms.split()
+    query, key, value, out = roles
+    owner = query.rpartition(".")[0]
+    return PreNormPlan(
+        norm1,
+        query,
+        key,
+        value,
+        out,
+        norm2,
+        "mlp.fc1",
+        "mlp.fc2",
+        f"mlp.{act}",
+        f"{owner}.{heads}",
+        **more,
+    )
+
+
+_CLIP = _plan(
+    "self_attn", "q_proj k_proj v_proj out_proj", "layer_norm1 layer_norm2", heads="num_heads"
+)
+_SCALES = {"scale1": "layer_scale1.lambda1", "scale2": "layer_scale2.lambda1"}
+_DINO = (
+    _plan("attention", "q_proj k_proj v_proj o_proj", "norm1 norm2", **_SCALES),
+    # transformers before 5.20
+    _plan(
+        "attention",
+        "attention.query attention.key attention.value output.dense",
+        "norm1 norm2",
+        act="activation",
+        **_SCALES,
+    ),
+)
+
+# By class name of the block; the first row that fits serves. A class whose MLP or attention is another (SwiGLU, rotary
+# embeddings, normalised queries) must not be here: leaf substitution serves it.
+PLANS: dict[str, tuple[PreNormPlan, ...]] = {
+    "SiglipEncoderLayer": (_CLIP,),
+    "Siglip2EncoderLayer": (_CLIP,),
+    "CLIPEncoderLayer": (_CLIP,),
+    "Dinov2Layer": _DINO,
+    "Dinov2WithRegistersLayer": _DINO,
+    "ViTLayer": (
+        _plan("attention", "q_proj k_proj v_proj o_proj", "layernorm_before layernorm_after"),
+    ),
+}
+
+
+def _drop_rate(block: nn.Module) -> float:
+    """The largest dropout or stochastic depth probability in the block."""
+    names = ("p", "drop_prob", "dropout", "attention_dropout", "dropout_prob")
+    rates = [getattr(m, name, 0.0) for m in block.modules() for name in names]
+    return max((r for r in rates if isinstance(r, float | int)), default=0.0)
