@@ -1,0 +1,115 @@
+"""Checkpoint directories: read with every fault named, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+
+def locate(directory: str | os.PathLike, model_type: str, formats: tuple[int, ...]) -> Path:
+    """Return the directory of a checkpoint of ``model_type``.
+
+    Raises:
+        ValueError: the directory is missing, is no checkpoint, or is one of another model or format.
+    """
+    path = Path(directory)
+    if not path.exists() and _backup(path).exists():
+        path = _backup(path)  # a save was interrupted between its two renames
+    if not path.is_dir():
+        raise ValueError(f"from_pretrained: directory must exist, got {directory}")
+    try:
+        config = json.loads((path / CONFIG).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"from_pretrained: directory must hold {CONFIG}, got {path}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"from_pretrained: {path / CONFIG} must be JSON, got {error}") from None
+    if config.get("model_type") != model_type:
+        raise ValueError(
+            f"from_pretrained: model_type in {path / CONFIG} must be {model_type}, got {config.get('model_type')}"
+        )
+    if config.get("mixpert_format", 1) not in formats:
+        raise ValueError(
+            f"from_pretrained: mixpert_format in {path / CONFIG} must be one of {formats}, "
+            f"got {config['mixpert_format']}: another version of mixpert_kernels wrote it"
+        )
+    return path
+
+
+def keys(path: Path) -> list[str]:
+    """Return the names of all tensors in the checkpoint, having opened every file of it.
+
+    Raises:
+        ValueError: a weight file is missing or truncated.
+    """
+    files = [WEIGHTS]
+    if (path / INDEX).exists():
+        files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+    found: list[str] = []
+    for name in files:
+        if not (path / name).is_file():
+            raise ValueError(f"from_pretrained: directory must hold {name}, got {path}")
+        try:
+            with safe_open(path / name, framework="pt") as file:
+                found += file.keys()
+        except SafetensorError as error:
+            raise ValueError(
+                f"from_pretrained: {path / name} must be a whole safetensors file, got {error}"
+            ) from None
+    return found
+
+
+def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Have ``write`` fill a new directory, then put it in the place of ``directory``.
+
+    Until the files are complete the old checkpoint is not touched. Files in the directory that are no part of a
+    checkpoint (an image processor's, say) are kept.
+    """
+    path = Path(directory)
+    if path.is_file():
+        raise ValueError(f"save_pretrained: directory must not be a file, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        write(draft)
+        if path.exists():
+            _keep_others(path, draft)
+        os.chmod(draft, 0o777 & ~_umask())
+        backup = _backup(path)
+        if path.exists():
+            shutil.rmtree(backup, ignore_errors=True)
+            os.replace(path, backup)
+        os.replace(draft, path)
+        shutil.rmtree(backup, ignore_errors=True)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    for entry in old.iterdir():
+        ours = entry.name in (CONFIG, INDEX) or entry.suffix == ".safetensors"
+        if ours or (new / entry.name).exists():
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name)
+        else:
+            shutil.copy2(entry, new / entry.name)
+
+
+def _backup(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
