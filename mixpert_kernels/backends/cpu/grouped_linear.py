@@ -21,6 +21,10 @@ from mixpert_kernels.backends.reference.grouped_linear import stores_pre
 
 from .native import compute_dtype
 from .packing import packed
+from .runs import join, runs
+
+# Named overloads: finding the one that fits costs milliseconds, since a misfit prints its tensors into an error.
+_linear = torch.ops.mkldnn._linear_pointwise
 
 # (attribute, algorithm) of mkldnn::_linear_pointwise. quick_gelu has none: oneDNN's swish there takes no slope.
 FUSED = {
@@ -54,29 +58,19 @@ def grouped_linear(
             y, pre = _fused(*args, activation, add), None
         ys.append(y)
         pres.append(pre)
-    return _join(ys), _join(pres) if keep else x.new_empty(0)
-
-
-def runs(expert: Tensor) -> list[tuple[int, int, int]]:
-    """Split a batch into runs of one expert: (expert, first tile, past-the-last tile)."""
-    found, first = [], 0
-    for e, tiles in itertools.groupby(expert.tolist()):
-        last = first + len(list(tiles))
-        found.append((e, first, last))
-        first = last
-    return found
+    return join(ys), join(pres) if keep else x.new_empty(0)
 
 
 def _plain(x, weights, biases, scale, e, activation, residual) -> tuple[Tensor, Tensor]:
     """The training path: nothing is reordered or folded, since the weights change every step."""
     zs = [
-        F.linear(x, w[e], b[e] if b is not None else None)
+        F.linear(x, w[e].to(x.dtype), b[e].to(x.dtype) if b is not None else None)
         for w, b in itertools.zip_longest(weights, biases)
     ]
     z = torch.cat(zs, -1) if len(zs) > 1 else zs[0]
     y = activate(activation, z)
     if scale is not None:
-        y = y * scale[e]
+        y = y * scale[e].to(y.dtype)
     return (y if residual is None else y + residual), z
 
 
@@ -89,18 +83,14 @@ def _fused(x, weights, biases, scale, e, activation, residual) -> Tensor:
     rows = x.to(dtype)
     if residual is not None and activation == "none":
         added = residual.to(dtype).contiguous()
-        y = torch.ops.mkldnn._linear_pointwise(rows, added, layer.weight, layer.bias, "add")
+        y = _linear.binary(rows, added, layer.weight, layer.bias, "add")
         return y.to(x.dtype)
     attribute, algorithm = FUSED.get(activation, FUSED["none"])
-    y = torch.ops.mkldnn._linear_pointwise(rows, layer.weight, layer.bias, attribute, [], algorithm)
+    y = _linear.default(rows, layer.weight, layer.bias, attribute, [], algorithm)
     if activation not in FUSED:
         y = activate(activation, y)
     if scale is not None and foldable is None:
-        y = y * scale[e]
+        y = y * scale[e].to(y.dtype)
     if residual is not None:
         y = y + residual
     return y.to(x.dtype)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -20,6 +20,7 @@ SAMPLES = 32
 class Packed(NamedTuple):
     weight: Tensor  # (N, K) in oneDNN's layout
     bias: Tensor | None  # (N,)
+    nbytes: int  # of the weight; an opaque tensor does not tell
 
 
 class _Entry(NamedTuple):
@@ -42,13 +43,12 @@ def packed(
     sources = [*weights, *biases] if scale is None else [*weights, *biases, scale]
     if any(t.is_inference() for t in sources):  # inference tensors have no version counter
         return None
-    key = (expert, dtype, *(t.data_ptr() for t in sources))
+    key = (expert, dtype, len(weights), len(biases), *(t.data_ptr() for t in sources))
     state = tuple(_state(t, expert) for t in sources)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and not _expired(entry):
         return entry.packed
-    for stale in [k for k, e in list(_entries.items()) if _expired(e)]:
-        _entries.pop(stale, None)
+    _drop_expired()
     storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources)
     entry = _Entry(_pack(weights, biases, scale, expert, dtype), storages, state)
     _entries[key] = entry
@@ -56,8 +56,9 @@ def packed(
 
 
 def packed_bytes() -> int:
-    """Bytes held in packed copies."""
-    return sum(e.packed.weight.untyped_storage().nbytes() for e in list(_entries.values()))
+    """Bytes held in packed copies of weights that are still alive; copies of dead ones are dropped."""
+    _drop_expired()
+    return sum(entry.packed.nbytes for entry in list(_entries.values()))
 
 
 def clear() -> None:
@@ -71,14 +72,20 @@ def _pack(weights, biases, scale, expert, dtype) -> Packed:
     if scale is not None:
         weight = weight.float() * scale[expert].float()[:, None]
         bias = None if bias is None else bias.float() * scale[expert].float()
-    weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous(), None)
-    return Packed(weight, None if bias is None else bias.to(dtype))
+    weight = weight.to(dtype).contiguous()
+    reordered = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return Packed(reordered, None if bias is None else bias.to(dtype), weight.nbytes)
 
 
 def _state(source: Tensor, expert: int) -> tuple:
     values = source[expert].flatten()
-    sample = values[:: max(1, values.numel() // SAMPLES)].sum().item()
+    sample = tuple(values[:: max(1, values.numel() // SAMPLES)].tolist())
     return (source.untyped_storage()._cdata, source._version, source.shape, source.stride(), sample)
+
+
+def _drop_expired() -> None:
+    for key in [k for k, entry in list(_entries.items()) if _expired(entry)]:
+        _entries.pop(key, None)
 
 
 def _expired(entry: _Entry) -> bool:

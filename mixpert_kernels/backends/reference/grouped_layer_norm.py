@@ -31,7 +31,7 @@ def grouped_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     expert: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D)
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
     tiles = [
         torch.ops.aten.native_layer_norm_backward(
             dy[b],
@@ -41,13 +41,12 @@ def grouped_layer_norm_backward(
             rstd[b],
             row(weight, expert[b]),
             None if bias is None else row(bias, expert[b]),
-            [True, True, True],
+            [True, True, bias is not None],
         )
         for b in range(x.shape[0])
     ]
-    dx, dweight_b, dbias_b = (torch.stack(parts) for parts in zip(*tiles, strict=True))
-    return (
-        dx,
-        add_by_expert(dweight_b, expert, weight),
-        add_by_expert(dbias_b, expert, weight),
-    )
+    dx, dweight_b, dbias_b = zip(*tiles, strict=True)
+    dweight = add_by_expert(torch.stack(dweight_b), expert, weight)
+    if bias is None:
+        return torch.stack(dx), dweight, weight.new_empty(0)
+    return torch.stack(dx), dweight, add_by_expert(torch.stack(dbias_b), expert, bias)

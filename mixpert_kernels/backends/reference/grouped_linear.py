@@ -1,4 +1,8 @@
-"""Defines grouped_linear: tile by tile, so that a tile's result is bitwise the same in any batch."""
+"""Defines grouped_linear: tile by tile, so that a tile's result is bitwise the same in any batch.
+
+That holds for the activations too: PyTorch rounds the elements left over after its last full vector differently, and
+which those are depends on where in memory a tile ends.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +23,17 @@ def grouped_linear(
     scale: Tensor | None,  # (E, N)
     for_backward: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, T, N), pre-activation (B, T, N) or empty
-    weight = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
-    bias = torch.cat(biases, 1) if biases else None
+    weight = torch.cat(weights, 1).to(x.dtype)
+    bias = torch.cat(biases, 1).to(x.dtype) if biases else None
     z = torch.stack(
         [
             F.linear(x_b, row(weight, e), None if bias is None else row(bias, e))
             for x_b, e in zip(tiles(x), expert, strict=True)
         ]
     )
-    y = activate(activation, z)
+    y = z if activation == "none" else torch.stack([activate(activation, tile) for tile in z])
     if scale is not None:
-        y = y * scale[expert][:, None]
+        y = y * scale[expert][:, None].to(y.dtype)
     if residual is not None:
         y = y + residual
     return y, z if stores_pre(activation, scale, for_backward) else x.new_empty(0)
@@ -67,9 +71,12 @@ def grouped_linear_backward(
     none = dy.new_empty(0)
     dscale = none
     if needs_scale:
-        dscale = add_by_expert((dy * activate(activation, pre)).sum(1), expert, scale)
+        rows = [(d * activate(activation, z)).sum(0) for d, z in zip(dy, pre, strict=True)]
+        dscale = add_by_expert(torch.stack(rows), expert, scale)
     dz = dy if scale is None else dy * scale[expert][:, None]
-    dz = activate_backward(activation, dz, pre)
+    if activation != "none":
+        parts = zip(dz, pre, strict=True)
+        dz = torch.stack([activate_backward(activation, d, z) for d, z in parts])
     weight = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
     dx = none
     if needs_x:
@@ -83,7 +90,8 @@ def grouped_linear_backward(
         dweights = [d.contiguous() for d in dweight.split(sizes, 1)]
     dbiases = []
     if needs_bias:
-        dbias = add_by_expert(dz.sum(1), expert, torch.cat(biases, 1))
+        rows = torch.stack([d.sum(0) for d in dz])
+        dbias = add_by_expert(rows, expert, torch.cat(biases, 1))
         dbiases = [d.contiguous() for d in dbias.split(sizes, 1)]
     return dx, dweights, dbiases, dscale
 

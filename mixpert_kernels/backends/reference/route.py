@@ -23,14 +23,11 @@ def score(
     bias: Tensor,
     eps: float,
 ) -> Tensor:  # (I, E) logits
-    """LayerNorm, then linear or linear-GELU-linear; image by image, so bitwise the same in any batch."""
-    logits = []
-    for z in pooled.unsqueeze(1).unbind():
-        z = F.layer_norm(z, z.shape[-1:], norm_weight, norm_bias, eps)
-        if hidden_weight is not None:
-            z = F.gelu(F.linear(z, hidden_weight, hidden_bias))
-        logits.append(F.linear(z, weight, bias))
-    return torch.cat(logits)
+    """LayerNorm, then linear or linear-GELU-linear."""
+    z = F.layer_norm(pooled, pooled.shape[-1:], norm_weight, norm_bias, eps)
+    if hidden_weight is not None:
+        z = F.gelu(F.linear(z, hidden_weight, hidden_bias))
+    return F.linear(z, weight, bias)
 
 
 def decide(scores: Tensor, strategy: str, threshold: float, against: str) -> Tensor:  # (I,)
@@ -63,17 +60,18 @@ def route(
     strategy: str,
     threshold: float,
     against: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
     dtype = accumulator(x)
     pooled = pool(x, base_tile)
     params = [
         None if p is None else p.to(dtype)
         for p in (norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias)
     ]
-    scores = score(pooled, *params, eps).softmax(-1)
+    logits = [score(z, *params, eps) for z in pooled.split(1)]  # bitwise the same in any batch
+    scores = torch.cat(logits).softmax(-1)
     chosen = decide(scores, strategy, threshold, against) if expert is None else expert
     of_tile = chosen if image_of_tile is None else chosen[image_of_tile]
-    return (*counting_sort(of_tile, weight.shape[0]), scores, pooled)
+    return (scores, pooled, *counting_sort(of_tile, weight.shape[0]))
 
 
 def route_backward(
