@@ -65,16 +65,21 @@ def counting_sort(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
 
 def check_expert_ids(caller: str, expert: Tensor, num_experts: int) -> None:
     """Raise ValueError unless ``expert`` is a 1-D integer tensor of ids below ``num_experts``."""
-    if not isinstance(expert, Tensor):
-        raise ValueError(f"{caller}: expert must be an integer tensor, got {type(expert).__name__}")
-    if expert.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{caller}: expert must have dtype int32 or int64, got {expert.dtype}")
-    if expert.ndim != 1:
-        raise ValueError(f"{caller}: expert must have 1 dimension, got {expert.ndim}")
     if num_experts < 1:
         raise ValueError(f"{caller}: num_experts must be at least 1, got {num_experts}")
-    if expert.device.type != "cpu" or torch.compiler.is_compiling():
+    check_ids(caller, "expert", expert, num_experts)
+
+
+def check_ids(caller: str, name: str, ids: Tensor, count: int) -> None:
+    """Raise ValueError unless ``ids`` is a 1-D integer tensor; on a CPU, also unless each lies below ``count``."""
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{caller}: {name} must be an integer tensor, got {type(ids).__name__}")
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{caller}: {name} must have dtype int32 or int64, got {ids.dtype}")
+    if ids.ndim != 1:
+        raise ValueError(f"{caller}: {name} must have 1 dimension, got {ids.ndim}")
+    if ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    wrong = expert[(expert < 0) | (expert >= num_experts)]
+    wrong = ids[(ids < 0) | (ids >= count)]
     if len(wrong):
-        raise ValueError(f"{caller}: expert must lie in 0..{num_experts - 1}, got {int(wrong[0])}")
+        raise ValueError(f"{caller}: {name} must lie in 0..{count - 1}, got {int(wrong[0])}")

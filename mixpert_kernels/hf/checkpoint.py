@@ -27,12 +27,7 @@ def locate(directory: str | os.PathLike, model_type: str, formats: tuple[int, ..
         path = _backup(path)  # a save was interrupted between its two renames
     if not path.is_dir():
         raise ValueError(f"from_pretrained: directory must exist, got {directory}")
-    try:
-        config = json.loads((path / CONFIG).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"from_pretrained: directory must hold {CONFIG}, got {path}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"from_pretrained: {path / CONFIG} must be JSON, got {error}") from None
+    config = _read_object(path, CONFIG)
     if config.get("model_type") != model_type:
         raise ValueError(
             f"from_pretrained: model_type in {path / CONFIG} must be {model_type}, got {config.get('model_type')}"
@@ -53,7 +48,10 @@ def keys(path: Path) -> list[str]:
     """
     files = [WEIGHTS]
     if (path / INDEX).exists():
-        files = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        places = _read_object(path, INDEX).get("weight_map")
+        if not isinstance(places, dict):
+            raise ValueError(f"from_pretrained: {path / INDEX} must hold weight_map, got {places}")
+        files = sorted(set(places.values()))
     found: list[str] = []
     for name in files:
         if not (path / name).is_file():
@@ -68,16 +66,29 @@ def keys(path: Path) -> list[str]:
     return found
 
 
+def _read_object(path: Path, name: str) -> dict:
+    try:
+        found = json.loads((path / name).read_text())
+    except FileNotFoundError:
+        raise ValueError(f"from_pretrained: directory must hold {name}, got {path}") from None
+    except ValueError as error:
+        raise ValueError(f"from_pretrained: {path / name} must be JSON, got {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"from_pretrained: {path / name} must hold a JSON object, got {found}")
+    return found
+
+
 def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Have ``write`` fill a new directory, then put it in the place of ``directory``.
 
     Until the files are complete the old checkpoint is not touched. Files in the directory that are no part of a
     checkpoint (an image processor's, say) are kept.
     """
-    path = Path(directory)
+    path = Path(directory).resolve()  # a link stays one, and "." has a name
     if path.is_file():
         raise ValueError(f"save_pretrained: directory must not be a file, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _recover(path)
     draft = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         write(draft)
@@ -91,18 +102,26 @@ def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> 
         os.replace(draft, path)
         shutil.rmtree(backup, ignore_errors=True)
     finally:
+        _recover(path)
         shutil.rmtree(draft, ignore_errors=True)
 
 
 def _keep_others(old: Path, new: Path) -> None:
     for entry in old.iterdir():
-        ours = entry.name in (CONFIG, INDEX) or entry.suffix == ".safetensors"
+        weights = entry.name.startswith("model") and entry.suffix == ".safetensors"
+        ours = entry.name in (CONFIG, INDEX) or weights
         if ours or (new / entry.name).exists():
             continue
         if entry.is_dir():
             shutil.copytree(entry, new / entry.name)
         else:
             shutil.copy2(entry, new / entry.name)
+
+
+def _recover(path: Path) -> None:
+    """Undo the first of the two renames where the second did not follow."""
+    if not path.exists() and _backup(path).exists():
+        os.rename(_backup(path), path)
 
 
 def _backup(path: Path) -> Path:

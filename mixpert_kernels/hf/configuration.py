@@ -59,24 +59,27 @@ class MixpertVisionConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raise ValueError unless the values fit together."""
-        _require(self.num_experts >= 1, "num_experts", "be at least 1", self.num_experts)
+        experts = self.num_experts
+        _require(_whole(experts) and experts >= 1, "num_experts", "be at least 1", experts)
         total = self.vision_config.num_hidden_layers
-        layers = self.feature_layers
+        whole = _whole(self.feature_layer)
+        layers = self.feature_layers if whole else 0
         _require(
-            isinstance(self.feature_layer, int) and 1 <= layers <= total,
+            whole and 1 <= layers <= total,
             "feature_layer",
             f"lie in 1..{total} or -{total}..-1",
             self.feature_layer,
         )
         least = 0 if self.projector is not None else 1
         _require(
-            least <= self.expert_layers < layers,
+            _whole(self.expert_layers) and least <= self.expert_layers < layers,
             "expert_layers",
             f"lie in {least}..{layers - 1} ({layers} layers of the vision model feed the feature)",
             self.expert_layers,
         )
         hidden = self.router_hidden
-        _require(hidden is None or hidden >= 1, "router_hidden", "be None or at least 1", hidden)
+        wide = hidden is None or (_whole(hidden) and hidden >= 1)
+        _require(wide, "router_hidden", "be None or at least 1", hidden)
         names = self.expert_names
         _require(
             names is None or len(set(names)) == len(names) == self.num_experts,
@@ -87,7 +90,8 @@ class MixpertVisionConfig(PretrainedConfig):
         try:
             self.strategy  # noqa: B018, its constructor checks
         except ValueError as error:
-            raise ValueError(str(error).replace("route: strategy", "route: routing")) from None
+            reason = str(error).removeprefix("route: ").replace("strategy must", "routing must")
+            raise ValueError(f"FusedMixpertTower: {reason}") from None
 
     @property
     def strategy(self) -> Strategy:
@@ -109,6 +113,10 @@ class MixpertVisionConfig(PretrainedConfig):
         if self.projector is not None:
             return self.projector["out_features"]
         return self.vision_config.hidden_size
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(holds: bool, name: str, condition: str, got: object) -> None:

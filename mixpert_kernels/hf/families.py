@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+_MASK = (None,)  # blocks that take an attention mask take it by position
 Call = tuple[
     Tensor, tuple, dict[str, Any]
 ]  # what the first block is called with: x (B, T, D), args, kwargs
@@ -31,6 +32,7 @@ class Family:
         final_norm: path of the norm after the blocks; None if unknown.
         drop: modules after the blocks that a tower does not need.
         any_size: whether the model interpolates its positions by itself.
+        args: what its blocks are called with besides x, where ``embed`` has not been asked.
     """
 
     blocks: str
@@ -38,10 +40,11 @@ class Family:
     final_norm: str | None = None
     drop: tuple[str, ...] = ()
     any_size: bool = False
+    args: tuple = ()
 
 
 def _siglip(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
-    return model.embeddings(pixels, interpolate_pos_encoding=interpolate), (None,), {}
+    return model.embeddings(pixels, interpolate_pos_encoding=interpolate), _MASK, {}
 
 
 def _siglip2(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
@@ -53,12 +56,12 @@ def _siglip2(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
     patches = patches.view(batch, channels, rows, size, columns, size)
     patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
     shapes = torch.tensor([[rows, columns]]).expand(batch, 2)
-    return model.embeddings(patches, shapes), (None,), {}
+    return model.embeddings(patches, shapes), _MASK, {}
 
 
 def _clip(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
     x = model.embeddings(pixels, interpolate_pos_encoding=interpolate)
-    return model.pre_layrnorm(x), (None,), {}
+    return model.pre_layrnorm(x), _MASK, {}
 
 
 def _vit(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
@@ -78,9 +81,9 @@ _SIGLIP = {"blocks": "encoder.layers", "final_norm": "post_layernorm", "drop": (
 _DINOV2 = Family("encoder.layer", _plain, "layernorm", any_size=True)
 
 FAMILIES: dict[str, Family] = {
-    "siglip_vision_model": Family(embed=_siglip, **_SIGLIP),
-    "siglip2_vision_model": Family(embed=_siglip2, **_SIGLIP),
-    "clip_vision_model": Family("encoder.layers", _clip, "post_layernorm"),
+    "siglip_vision_model": Family(embed=_siglip, args=_MASK, **_SIGLIP),
+    "siglip2_vision_model": Family(embed=_siglip2, args=_MASK, **_SIGLIP),
+    "clip_vision_model": Family("encoder.layers", _clip, "post_layernorm", args=_MASK),
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "vit": Family("layers", _vit, "layernorm", ("pooler",)),
@@ -95,7 +98,12 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: the model type is not listed and no list of blocks is found; the message lists the supported ones.
     """
-    row = FAMILIES.get(getattr(model.config, "model_type", None))
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            "FusedMixpertTower: vision_model must be a transformers model, got a "
+            f"{type(model).__name__}"
+        )
+    row = FAMILIES.get(model.config.model_type)
     return _unlisted(model) if row is None else row
 
 
@@ -152,7 +160,7 @@ def _unlisted(model: nn.Module) -> Family:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == layers
-        and len({type(block) for block in module}) == 1
+        and len({_layout(block) for block in module}) == 1
     ]
     if len(found) != 1:
         raise ValueError(
@@ -161,6 +169,11 @@ def _unlisted(model: nn.Module) -> Family:
             f"({type(model).__name__})"
         )
     return Family(found[0], _embed_by_running(found[0]), any_size=True)
+
+
+def _layout(block: nn.Module) -> tuple:
+    """What the blocks of one list share, and the stages of a pyramid do not."""
+    return type(block), *((name, p.shape) for name, p in block.named_parameters())
 
 
 def _embed_by_running(blocks: str) -> Callable[[nn.Module, Tensor, bool], Call]:

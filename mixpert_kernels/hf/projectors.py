@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from mixpert_kernels.modules.leaves import activation_name
+from mixpert_kernels.modules.mlp import PLANS
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "quick_gelu": "quick_gelu"}
 ACTIVATIONS |= {"relu": "relu", "silu": "silu", "none": "linear"}
@@ -38,10 +39,10 @@ def describe(projector: nn.Module | None) -> dict[str, Any] | None:
         return _described("linear", [projector])
     if type(projector) is nn.Sequential:
         return _described("sequential", list(projector))
+    # By class: another module may have parts of these names and use them otherwise.
+    plan = PLANS.get(type(projector).__name__)
     children = dict(projector.named_children())
-    if list(children) == ["linear_1", "act", "linear_2"] and not list(
-        projector.named_parameters(recurse=False)
-    ):
+    if plan is not None and list(children) == [plan.first, plan.activation, plan.second]:
         return _described("llava", list(children.values()))
     return {"kind": "custom", "out_features": None}
 

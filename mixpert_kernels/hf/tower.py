@@ -50,6 +50,7 @@ class FusedMixpertTower(PreTrainedModel):
         vision_model: nn.Module | None = None,
         projector: nn.Module | None = None,
     ) -> None:
+        config.check()  # again: values may have been set since it was made
         super().__init__(config)
         if vision_model is None:
             vision_model = AutoModel.from_config(config.vision_config)
@@ -178,9 +179,8 @@ class FusedMixpertTower(PreTrainedModel):
         Raises:
             ValueError: an argument has the wrong rank, size, channels, dtype, device, length or values.
         """
-        tiles = pixel_values.shape[0] if isinstance(pixel_values, Tensor) else 0
-        any_size = interpolate_pos_encoding or self._family.any_size
-        check_pixels(pixel_values, self.config.vision_config, self.device, any_size=any_size)
+        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        tiles = pixel_values.shape[0]
         image_of_tile, base_tile = resolve_images(image_of_tile, base_tile, tiles, self.device)
         images = tiles if base_tile is None else base_tile.shape[0]
         if expert is not None:
@@ -204,8 +204,7 @@ class FusedMixpertTower(PreTrainedModel):
         self, pixel_values: Tensor, interpolate_pos_encoding: bool = False
     ) -> Tensor:
         """Return what the shared layers give for tiles (B, C, H, W): (B, T, D)."""
-        any_size = interpolate_pos_encoding or self._family.any_size
-        check_pixels(pixel_values, self.config.vision_config, self.device, any_size=any_size)
+        self._check_pixels(pixel_values, interpolate_pos_encoding)
         return self._run_trunk(pixel_values, interpolate_pos_encoding)[0]
 
     def router_features(
@@ -213,10 +212,13 @@ class FusedMixpertTower(PreTrainedModel):
         pixel_values: Tensor,
         image_of_tile: Tensor | None = None,
         base_tile: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
     ) -> Tensor:  # (I, D) float32
         """Return the pooled trunk features that the router scores: cache them once to train it."""
-        x = self.trunk_features(pixel_values)
-        _, base_tile = resolve_images(image_of_tile, base_tile, x.shape[0], self.device)
+        self._check_pixels(pixel_values, interpolate_pos_encoding)
+        tiles = pixel_values.shape[0]
+        _, base_tile = resolve_images(image_of_tile, base_tile, tiles, self.device)
+        x, *_ = self._run_trunk(pixel_values, interpolate_pos_encoding)
         base = x if base_tile is None else x.index_select(0, base_tile)
         return base.mean(1, dtype=torch.float32)
 
@@ -244,8 +246,11 @@ class FusedMixpertTower(PreTrainedModel):
 
         Further arguments are what this architecture's blocks are called with, such as position embeddings.
         """
+        if not args and not kwargs:
+            args = self._family.args
         inference_on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
-        if inference_on_cpu and not kwargs and not torch.compiler.is_compiling():
+        alike = not kwargs and all(a is None for a in args)  # nothing that belongs to a tile
+        if inference_on_cpu and alike and not torch.compiler.is_compiling():
             return self._segment_by_expert(x, routing, args)
         return self._segment(x, routing, args, kwargs)
 
@@ -266,7 +271,12 @@ class FusedMixpertTower(PreTrainedModel):
         y = self._segment(x[order], sorted_routing, args, {})
         return torch.empty_like(y).index_copy_(0, order, y)
 
+    def _check_pixels(self, pixels: Tensor, interpolate: bool) -> None:
+        any_size = interpolate or self._family.any_size
+        check_pixels(pixels, self.config.vision_config, self.device, any_size=any_size)
+
     def _run_trunk(self, pixels: Tensor, interpolate: bool) -> Call:
+        pixels = pixels.to(self.trunk.dtype)  # image processors give float32
         x, args, kwargs = self._family.embed(self.trunk, pixels, interpolate)
         fuse = self.config.fuse_trunk and not torch.is_grad_enabled()
         single = Routing.single(x.shape[0], x.device) if fuse else None
@@ -299,14 +309,15 @@ class FusedMixpertTower(PreTrainedModel):
         vision = AutoModel.from_config(
             with_layers(self.config.vision_config, self.config.feature_layers)
         )
+        like = next(self.trunk.parameters())
+        vision.to(like.device, like.dtype)  # first: float64 must not pass through float32
         vision.load_state_dict(self.trunk.state_dict(), strict=False)
         blocks = vision.get_submodule(self._family.blocks)
         first = len(blocks) - len(self.experts)
         for i, block in enumerate(self.experts):
             blocks[first + i].load_state_dict(block.select(expert).state_dict())
-        like = next(self.trunk.parameters())
         projector = None if self.projector is None else self.projector.select(expert)
-        return vision.to(like.device, like.dtype).train(self.training), projector
+        return vision.train(self.training), projector
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Save as transformers does, all or nothing: an interrupted save leaves the old checkpoint.
@@ -322,6 +333,8 @@ class FusedMixpertTower(PreTrainedModel):
         kwargs.setdefault(
             "save_original_format", False
         )  # the names of this version, not of an old one
+        if not kwargs.get("is_main_process", True):  # transformers has it write nothing
+            return
         save = super().save_pretrained
         checkpoint.write_whole(save_directory, lambda draft: save(draft, **kwargs))
 
@@ -339,6 +352,7 @@ class FusedMixpertTower(PreTrainedModel):
         config = kwargs.get("config") or cls.config_class.from_pretrained(path)
         mapping = _renames(checkpoint.keys(path), config)
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # reported in info, and an error below
         tower, info = super().from_pretrained(
             path,
             *args,

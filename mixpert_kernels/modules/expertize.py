@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from functools import partial
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -25,10 +28,28 @@ from .prenorm import PreNormPlan
 
 def _rms_norm(offset: float) -> Callable[[nn.Module, int], GroupedRMSNorm]:
     def clone(leaf: nn.Module, num_experts: int) -> GroupedRMSNorm:
-        eps = next(getattr(leaf, n) for n in ("eps", "variance_epsilon") if hasattr(leaf, n))
+        if leaf.weight is None or leaf.weight.ndim != 1:
+            raise ValueError("normalises over several dimensions or has no gain")
+        names = [n for n in ("eps", "variance_epsilon") if hasattr(leaf, n)]
+        if not names:
+            raise ValueError("has no eps")
+        eps = getattr(leaf, names[0])
         return GroupedRMSNorm(stacked(leaf.weight, num_experts), eps, offset)
 
     return clone
+
+
+def _llama_rms_norm(leaf: nn.Module, num_experts: int) -> GroupedRMSNorm:
+    """Clone an RMSNorm this file doesn't list, once it has been seen to compute what Llama's does."""
+    grouped = _rms_norm(offset=0.0)(leaf, num_experts)
+    if not leaf.weight.is_meta:
+        wide = copy.deepcopy(leaf).float()
+        with torch.no_grad():
+            x = torch.linspace(-1, 2, len(leaf.weight), device=leaf.weight.device).expand(1, 1, -1)
+            wanted = F.rms_norm(x, x.shape[-1:], wide.weight, grouped.eps)
+            if not torch.allclose(wide(x), wanted, rtol=1e-4, atol=1e-4):
+                raise ValueError("computes something else than x / rms(x) * weight")
+    return grouped
 
 
 # Leaves by class name: how to make E copies. A name that ends in RMSNorm and is not here is Llama's kind.
@@ -73,10 +94,12 @@ class ExpertBlock(nn.Module):
             for module in self.block.modules():
                 if getattr(module, "gradient_checkpointing", False):
                     module.gradient_checkpointing = False
-            return self._gradient_checkpointing_func(self._run, x, routing, *args, **kwargs)
+            run = partial(self._run, **kwargs)  # the reentrant kind takes no keywords
+            return self._gradient_checkpointing_func(run, x, routing, *args)
         return self._run(x, routing, *args, **kwargs)
 
     def _run(self, x: Tensor, routing: Routing, *args, **kwargs) -> Tensor:
+        self._check(x, routing)
         if self.plan is not None and self.plan.serves(self.block, args, kwargs):
             return self.plan.run(self.block, x, routing)
         before = bind(routing)
@@ -85,6 +108,21 @@ class ExpertBlock(nn.Module):
         finally:
             bind(before)
         return y[0] if isinstance(y, tuple) else y
+
+    def _check(self, x: Tensor, routing: Routing) -> None:
+        """A loose parameter broadcasts: over an x of another rank or batch it would be wrong without an error."""
+        if x.ndim != 3:
+            raise ValueError(f"ExpertBlock: x must have shape (B, T, D), got {tuple(x.shape)}")
+        if not isinstance(routing, Routing):
+            raise ValueError(
+                f"ExpertBlock: routing must be a Routing, got {type(routing).__name__}"
+            )
+        got = (len(routing.expert), routing.num_experts)
+        if got != (len(x), self.num_experts):
+            raise ValueError(
+                f"ExpertBlock: routing must be of {len(x)} tiles over {self.num_experts} experts, "
+                f"got {got[0]} over {got[1]}"
+            )
 
     def select(self, expert: int) -> nn.Module:
         """Return expert ``expert`` as the plain block it was cloned from, with parameters of its own."""
@@ -151,8 +189,10 @@ def _swap(module: nn.Module, replace: Callable, path: str = "") -> nn.Module:
 def _cloned(leaf: nn.Module, path: str, num_experts: int) -> nn.Module | None:
     name = type(leaf).__name__
     clone = LEAVES.get(name)
+    if hasattr(nn, name) and type(leaf) is not getattr(nn, name):
+        clone = None  # another class of that name: its own forward runs, on loose parameters
     if clone is None and name.endswith("RMSNorm") and hasattr(leaf, "weight"):
-        clone = _rms_norm(offset=0.0)
+        clone = _llama_rms_norm
     where = path or "the block itself"
     if clone is not None:
         try:

@@ -111,8 +111,8 @@ class GroupedLayerNorm(nn.Module):
 class GroupedRMSNorm(nn.Module):
     """E RMSNorms over the last dimension: ``x / sqrt(mean(x^2) + eps) * (offset + weight[e])``.
 
-    The statistics and the product are float32, rounded once before the gain unless ``offset`` is 1: so do Llama's
-    (offset 0) and Gemma's (offset 1) norms.
+    The statistics and the product are float32 (float64 for float64), rounded once before the gain unless ``offset`` is
+    1: so do Llama's (offset 0) and Gemma's (offset 1) norms.
     """
 
     def __init__(self, weight: nn.Parameter, eps: float, offset: float = 0.0) -> None:
@@ -124,9 +124,9 @@ class GroupedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain = by_tile(self.weight, x, type(self).__name__)
-        wide = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        wide = F.rms_norm(accurate(x), x.shape[-1:], eps=self.eps)
         if self.offset:
-            return (wide * (self.offset + gain.float())).to(x.dtype)
+            return (wide * (self.offset + accurate(gain))).to(x.dtype)
         return gain * wide.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -153,6 +153,11 @@ def stacked(parameter: Tensor, num_experts: int) -> nn.Parameter:
 def flat_tokens(x: Tensor) -> Tensor:
     """(B, ..., K) -> (B, T, K)."""
     return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def accurate(x: Tensor) -> Tensor:
+    """In float32, or float64 for float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def by_tile(table: Tensor, x: Tensor, leaf: str) -> Tensor:

@@ -56,11 +56,26 @@ def is_plain(leaf: object) -> bool:
     """Exactly a leaf whose parameters are all there is to it: no wrapper, no hook, no replaced forward."""
     return (
         type(leaf) in (nn.Linear, nn.LayerNorm, GroupedLinear, GroupedLayerNorm)
-        and not leaf._forward_hooks
-        and not leaf._forward_pre_hooks
-        and "forward" not in leaf.__dict__
         and leaf.weight is not None
         and not parametrize.is_parametrized(leaf)
+    )
+
+
+# transformers leaves these on every block of a model once asked for hidden states; they do nothing but while it
+# gathers them, which it does not do around a tower's blocks.
+INERT_HOOKS = "transformers.utils.output_capturing"
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more, or other, than its class says."""
+    tables = (module._forward_hooks, module._forward_pre_hooks)
+    tables += (module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in module.__dict__:
+        return True
+    return any(
+        getattr(hook, "__module__", None) != INERT_HOOKS
+        for table in tables
+        for hook in table.values()
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixpert_kernels.routing import Routing
 
-from .leaves import activation_name, exists, get, is_plain, linear
+from .leaves import activation_name, exists, get, is_hooked, is_plain, linear
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class MlpPlan:
 
     def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
         """Whether the plan computes what the block's own forward would, for this call."""
-        leaves = (get(block, self.first), get(block, self.second))
-        return not args and not kwargs and all(is_plain(leaf) for leaf in leaves)
+        if args or kwargs or any(is_hooked(module) for module in block.modules()):
+            return False
+        return all(is_plain(leaf) for leaf in (get(block, self.first), get(block, self.second)))
 
     def run(self, block: nn.Module, x: Tensor, routing: Routing) -> Tensor:
         name = activation_name(get(block, self.activation))

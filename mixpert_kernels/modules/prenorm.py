@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrize
 from mixpert_kernels.backends.cpu.native import compute_dtype
 from mixpert_kernels.routing import Routing
 
-from .leaves import activation_name, exists, get, is_plain, layer_norm, linear
+from .leaves import activation_name, exists, get, is_hooked, is_plain, layer_norm, linear
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,16 @@ class PreNormPlan:
     def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
         """Whether the plan computes what the block's own forward would, for this call.
 
-        Not when a leaf was replaced or hooked since (LoRA, offloading), with an attention mask or any other argument
-        that is not None, nor when dropout or stochastic depth is at work.
+        Not when a leaf was replaced or any module hooked since (LoRA, offloading), with an attention mask or any other
+        argument that is not None, nor when dropout or stochastic depth is at work.
         """
         if any(a is not None for a in (*args, *(kwargs or {}).values())):
             return False
+        if any(is_hooked(module) for module in block.modules()):
+            return False
         if not all(is_plain(leaf) for leaf in self._leaves(block)):
             return False
-        return not block.training or _drop_rate(block) == 0
+        return not (block.training and _drops(block))
 
     def _leaves(self, block: nn.Module) -> list[nn.Module]:
         roles = (self.norm1, self.query, self.key, self.value, self.out)
@@ -74,6 +77,9 @@ class PreNormPlan:
 
     def run(self, block: nn.Module, x: Tensor, routing: Routing) -> Tensor:
         """Run the block on x (B, T, D)."""
+        dtype = x.dtype
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
+            x = x.to(compute_dtype(dtype))  # once a block rather than around each product
         norm1, query, key, value, out, norm2, fc1, fc2 = self._leaves(block)
         heads = get(block, self.heads)
         qkv = linear(layer_norm(x, norm1, routing), (query, key, value), routing)  # (B, T, 3D)
@@ -82,18 +88,15 @@ class PreNormPlan:
         x = linear(y, (out,), routing, residual=x, scale=scale1)
         y = layer_norm(x, norm2, routing)
         y = linear(y, (fc1,), routing, activation=activation_name(get(block, self.activation)))
-        return linear(y, (fc2,), routing, residual=x, scale=scale2)
+        return linear(y, (fc2,), routing, residual=x, scale=scale2).to(dtype)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
     """Full self-attention: (B, T, 3D) -> (B, T, D), one call for all experts; no copy is made of q, k or v."""
     batch, tokens, width = qkv.shape
-    dtype = qkv.dtype
-    if qkv.device.type == "cpu":
-        qkv = qkv.to(compute_dtype(dtype))
     q, k, v = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind()
     y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D / H)
-    return y.transpose(1, 2).reshape(batch, tokens, width // 3).to(dtype)
+    return y.transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
 def scale_table(block: nn.Module, path: str | None) -> Tensor | None:
@@ -165,8 +168,12 @@ PLANS: dict[str, tuple[PreNormPlan, ...]] = {
 }
 
 
-def _drop_rate(block: nn.Module) -> float:
-    """The largest dropout or stochastic depth probability in the block."""
+def _drops(block: nn.Module) -> bool:
+    """Whether any dropout or stochastic depth in the block has a probability above 0."""
     names = ("p", "drop_prob", "dropout", "attention_dropout", "dropout_prob")
-    rates = [getattr(m, name, 0.0) for m in block.modules() for name in names]
-    return max((r for r in rates if isinstance(r, float | int)), default=0.0)
+    for module in block.modules():
+        for name in names:
+            rate = getattr(module, name, 0.0)
+            if isinstance(rate, float | int) and rate > 0:
+                return True
+    return False

@@ -15,6 +15,8 @@ def require(holds: bool, op: str, name: str, condition: str, got: object) -> Non
 
 def require_shape(op: str, name: str, tensor: Tensor, *shape: int | str) -> None:
     """Each entry of ``shape`` is a size, or a letter that stands for any size of at least 1."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     ok = tensor.ndim == len(shape) and all(
         size >= 1 if isinstance(want, str) else size == want
         for size, want in zip(tensor.shape, shape, strict=True)
@@ -32,6 +34,13 @@ def require_like(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         )
     if tensor.dtype != x.dtype:
         raise ValueError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+
+
+def require_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Device of ``x``, and its dtype or, with float32 features, a narrower floating one."""
+    narrower = x.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
+    if tensor.device != x.device or not narrower:
+        require_like(op, name, tensor, x)
 
 
 def require_floating(op: str, name: str, tensor: Tensor) -> None:
@@ -61,8 +70,8 @@ def require_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> N
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype autocast wants for matrix products on the device of ``x``; None outside autocast."""
+    """The dtype autocast wants for matrix products of ``x``; None outside autocast and, as in PyTorch, for float64."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)

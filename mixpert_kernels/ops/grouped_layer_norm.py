@@ -12,7 +12,7 @@ from ._checks import (
     autocast_dtype,
     require,
     require_floating,
-    require_like,
+    require_parameter,
     require_routing,
     require_shape,
 )
@@ -35,7 +35,7 @@ def grouped_layer_norm(
 
     Args:
         x: (B, T, D) floating point.
-        weight: (E, D), dtype and device of ``x``.
+        weight: (E, D), device and dtype of ``x``; beside float32 features also half precision.
         bias: (E, D) or None.
         routing: which expert serves each tile.
         eps: added to the variance; at least 0.
@@ -63,12 +63,13 @@ def grouped_layer_norm(
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     require_shape(op, "weight", weight, "E", "D")
     require_shape(op, "x", x, "B", "T", weight.shape[1])
-    require_like(op, "weight", weight, x)
+    require_parameter(op, "weight", weight, x)
     if bias is not None:
         require_shape(op, "bias", bias, *weight.shape)
-        require_like(op, "bias", bias, x)
+        require_parameter(op, "bias", bias, x)
     require(eps >= 0, op, "eps", "be at least 0", eps)
     require_routing(op, routing, x, weight.shape[0])
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return torch.ops.mixpert.grouped_layer_norm(x, weight, bias, routing.expert, eps, backend)[0]
 
 
@@ -109,7 +110,8 @@ def _run_backward(dy, x, weight, bias, mean, rstd, expert, backend):
 
 
 def _fake_backward(dy, x, weight, bias, mean, rstd, expert, backend):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
 register(

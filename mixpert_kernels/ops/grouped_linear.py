@@ -17,6 +17,7 @@ from ._checks import (
     require,
     require_floating,
     require_like,
+    require_parameter,
     require_routing,
     require_shape,
 )
@@ -40,8 +41,9 @@ def grouped_linear(
 
     Args:
         x: (B, T, K), B tiles of T tokens; float16, bfloat16, float32 or float64.
-        weight: (E, N, K), dtype and device of ``x``. A sequence of weights (E, N_i, K) is computed as one product
-            whose outputs lie side by side, N = sum N_i: so query, key and value are one GEMM of three parameters.
+        weight: (E, N, K), device and dtype of ``x``; beside float32 features also half precision, computed as float32.
+            A sequence of weights (E, N_i, K) is computed as one product whose outputs lie side by side, N = sum N_i:
+            so query, key and value are one GEMM of three parameters.
         bias: (E, N), a sequence to match ``weight``, or None.
         routing: which expert serves each tile.
         activation: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu`` (z * sigmoid(1.702 z)) or ``relu``.
@@ -67,7 +69,7 @@ def grouped_linear(
 
     Source: docs/math.md, grouped_linear.
     """
-    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    weights = [weight] if weight is None or isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
     require_floating("grouped_linear", "x", x)
     if (dtype := autocast_dtype(x)) is not None:
@@ -78,6 +80,9 @@ def grouped_linear(
     for_backward = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in tensors
     )
+    if for_backward:  # so that gradients come back in each parameter's own dtype
+        scale = None if scale is None else scale.to(x.dtype)
+        weights, biases = [w.to(x.dtype) for w in weights], [b.to(x.dtype) for b in biases]
     y, _ = torch.ops.mixpert.grouped_linear(
         x,
         weights,
@@ -103,19 +108,19 @@ def _check(x, weights, biases, routing, activation, residual, scale) -> None:
     require_shape(op, "x", x, "B", "T", depth)
     for w in weights:
         require_shape(op, "weight", w, experts, "N", depth)
-        require_like(op, "weight", w, x)
+        require_parameter(op, "weight", w, x)
     if biases:
         require(len(biases) == len(weights), op, "bias", "match weight in number", len(biases))
     for w, b in zip(weights, biases, strict=False):
         require_shape(op, "bias", b, experts, w.shape[1])
-        require_like(op, "bias", b, x)
+        require_parameter(op, "bias", b, x)
     width = sum(w.shape[1] for w in weights)
     if residual is not None:
         require_shape(op, "residual", residual, *x.shape[:2], width)
         require_like(op, "residual", residual, x)
     if scale is not None:
         require_shape(op, "scale", scale, experts, width)
-        require_like(op, "scale", scale, x)
+        require_parameter(op, "scale", scale, x)
     require_routing(op, routing, x, experts)
 
 

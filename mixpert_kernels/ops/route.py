@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixpert_kernels.backends import pick
-from mixpert_kernels.routing import Routing, check_expert_ids
+from mixpert_kernels.routing import Routing, check_expert_ids, check_ids
 
 from ._checks import require, require_floating, require_shape
 from ._library import register, register_gradient, register_no_second_gradient
@@ -105,8 +105,10 @@ def route(
 
     Source: SPEC of Mixpert (arXiv 2505.24541); pooling and the router's shape are ours. docs/math.md, route.
     """
+    require(isinstance(strategy, Strategy), "route", "strategy", "be a Strategy", strategy)
+    require(eps >= 0, "route", "eps", "be at least 0", eps)
     _check(x, weights, image_of_tile, base_tile, expert)
-    *routing, scores, _ = torch.ops.mixpert.route(
+    scores, _, *routing = torch.ops.mixpert.route(
         x,
         image_of_tile,
         base_tile,
@@ -124,6 +126,10 @@ def route(
 def _check(x, weights, image_of_tile, base_tile, expert) -> None:
     require_floating("route", "x", x)
     norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias = weights
+    for name, tensor in weights._asdict().items():
+        if tensor is not None:
+            require_floating("route", name, tensor)
+    require_shape("route", "norm_weight", norm_weight, "D")
     width = norm_weight.shape[0]
     require_shape("route", "x", x, "B", "T", width)
     require_shape("route", "norm_bias", norm_bias, width)
@@ -152,6 +158,8 @@ def _check(x, weights, image_of_tile, base_tile, expert) -> None:
         require_shape("route", "image_of_tile", image_of_tile, x.shape[0])
         require_shape("route", "base_tile", base_tile, "I")
         images = base_tile.shape[0]
+        check_ids("route", "image_of_tile", image_of_tile, images)
+        check_ids("route", "base_tile", base_tile, x.shape[0])
     if expert is not None:
         check_expert_ids("route", expert, weight.shape[0])
         require_shape("route", "expert", expert, images)
@@ -166,7 +174,8 @@ def _check(x, weights, image_of_tile, base_tile, expert) -> None:
 def _run(x, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
     chosen = pick("route", backend, device=x.device, dtype=x.dtype)
-    return chosen.route(x, image_of_tile, base_tile, expert, *rest)
+    with torch.autocast(x.device.type, enabled=False):  # scores are float32 under autocast too
+        return chosen.route(x, image_of_tile, base_tile, expert, *rest)
 
 
 def _fake(x, image_of_tile, base_tile, expert, *rest):
@@ -175,23 +184,23 @@ def _fake(x, image_of_tile, base_tile, expert, *rest):
     ids = x.new_empty(x.shape[0], dtype=torch.int32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
+        x.new_empty(images, weight.shape[0], dtype=wide),
+        x.new_empty(images, x.shape[2], dtype=wide),
         ids,
         torch.empty_like(ids),
         ids.new_empty(weight.shape[0] + 1),
-        x.new_empty(images, weight.shape[0], dtype=wide),
-        x.new_empty(images, x.shape[2], dtype=wide),
     )
 
 
 def _setup_context(ctx, inputs, output):
     x, _, base_tile, _, *weights, eps, _, _, _, backend = inputs
-    *ids, scores, pooled = output
+    scores, pooled, *ids = output
     ctx.mark_non_differentiable(*ids)
     ctx.save_for_backward(x, base_tile, *weights[:5], scores, pooled)
     ctx.eps, ctx.backend = eps, backend
 
 
-def _backward(ctx, _dexpert, _dorder, _doffsets, dscores, dpooled):
+def _backward(ctx, dscores, dpooled, *_):
     dx, *dweights = torch.ops.mixpert.route_backward(
         dscores, dpooled, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0], ctx.backend
     )
@@ -208,7 +217,8 @@ def _backward(ctx, _dexpert, _dorder, _doffsets, dscores, dpooled):
 def _run_backward(dscores, dpooled, x, *rest):
     *rest, backend = rest
     chosen = pick("route", backend, device=x.device, dtype=x.dtype)
-    return chosen.route_backward(dscores, dpooled, x, *rest)
+    with torch.autocast(x.device.type, enabled=False):
+        return chosen.route_backward(dscores, dpooled, x, *rest)
 
 
 def _fake_backward(dscores, dpooled, x, base_tile, *rest):

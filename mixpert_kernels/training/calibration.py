@@ -82,12 +82,10 @@ def calibrate(
     if not 0 <= max_errors <= 1:
         raise ValueError(f"calibrate: max_errors must lie in [0, 1], got {max_errors}")
     features, labels = _features(tower, data, labels, progress)
-    check_labels("calibrate", features, labels, tower.config.num_experts)
+    check_labels("calibrate", features, labels, tower)
     with torch.no_grad():
         scores = tower.router(features.float()).softmax(-1)
-    curve = [
-        _point(scores, labels, strategy, float(t)) for t in torch.linspace(0, 1, POINTS).tolist()
-    ]
+    curve = [_point(scores, labels, strategy, i / (POINTS - 1)) for i in range(POINTS)]
     good = [point for point in curve if point.errors <= max_errors]
     best = good[0] if good else min(curve, key=lambda point: point.errors)
     name = "tau" if strategy.name == "score_threshold" else "delta"
@@ -99,7 +97,7 @@ def _features(tower, data, labels, progress) -> tuple[Tensor, Tensor]:
     if isinstance(data, Tensor):
         if labels is None:
             raise ValueError("calibrate: labels must be given with features, got None")
-        return data, labels.to(data.device)
+        return data, labels.to(data.device) if isinstance(labels, Tensor) else labels
     if labels is not None:
         raise ValueError(
             "calibrate: labels must be None with batches, which carry them, got labels"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,30 +40,39 @@ def fit_router(
         Accuracy of the best expert on the training features, 0..1.
 
     Raises:
-        ValueError: labels and features differ in number, or a label is out of range.
+        ValueError: features of another width or not finite, labels that differ from them in number or are out of
+            range.
     """
-    router, experts = tower.router, tower.config.num_experts
-    check_labels("fit_router", features, labels, experts)
+    check_labels("fit_router", features, labels, tower)
+    router = copy.deepcopy(tower.router).float().requires_grad_()  # float16 has no room for AdamW
     devices = [features.device] if features.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         router.reset_parameters()
-    features, labels = features.float(), labels.to(features.device)
+    features = features.detach().float().clone()  # a plain tensor, also of inference mode's
+    labels = labels.to(features.device, torch.int64)
     optimizer = torch.optim.AdamW(router.parameters(), lr=lr, weight_decay=weight_decay)
     for _ in tqdm(range(steps), desc="router", disable=not progress, leave=False):
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             F.cross_entropy(router(features), labels).backward()
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    tower.router.load_state_dict(router.state_dict())
     with torch.no_grad():
-        return float((router(features).argmax(-1) == labels).float().mean())
+        return float((tower.router(features).argmax(-1) == labels).float().mean())
 
 
-def check_labels(caller: str, features: Tensor, labels: Tensor, num_experts: int) -> None:
-    """Raise ValueError unless each of the features (N, D) has a label (N,) below ``num_experts``."""
-    if features.ndim != 2 or not len(features):
-        raise ValueError(f"{caller}: features must have shape (N, D), got {tuple(features.shape)}")
+def check_labels(caller: str, features: Tensor, labels: Tensor, tower: nn.Module) -> None:
+    """Raise ValueError unless each of the features (N, D) is finite and has a label (N,) below E."""
+    width, num_experts = tower.config.vision_config.hidden_size, tower.config.num_experts
+    if features.ndim != 2 or not len(features) or features.shape[1] != width:
+        raise ValueError(
+            f"{caller}: features must have shape (N, {width}), got {tuple(features.shape)}"
+        )
+    if not bool(features.isfinite().all()):
+        raise ValueError(f"{caller}: features must be finite, got {features.sum()}")
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"{caller}: labels must be a tensor, got {type(labels).__name__}")
     if labels.shape != features.shape[:1] or labels.is_floating_point():
         raise ValueError(
             f"{caller}: labels must be {len(features)} integers, got {labels.dtype} of shape {tuple(labels.shape)}"
