@@ -326,3 +326,13 @@ def test_the_router_is_layer_norm_then_linear_layers(hidden):
     if hidden:
         h = F.gelu(router.hidden(h))
     torch.testing.assert_close(router(z), router.out(h))
+
+
+def test_a_block_that_calls_leaves_with_tokens_first_is_refused():
+    class MLCDAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match="MLCDAttention at attn: it calls its leaves with tokens"):
+        expertize(nn.ModuleDict({"attn": MLCDAttention()}), 2)

@@ -31,3 +31,9 @@ def renamed(key: str, wanted: set[str], model_type: str) -> str:
             if candidate in wanted:
                 return candidate
     return key
+
+
+def renames(found: list[str], wanted: set[str], model_type: str) -> dict[str, str]:
+    """Return transformers' ``key_mapping``, from the names in a checkpoint to ``wanted``, where they differ."""
+    pairs = {key: renamed(key, wanted, model_type) for key in found}
+    return {f"^{re.escape(old)}$": new for old, new in pairs.items() if old != new}

@@ -20,7 +20,7 @@ from . import checkpoint, projectors
 from .configuration import MixpertVisionConfig
 from .families import Call, cut, family_of, with_layers
 from .inputs import check_forced, check_pixels, resolve_images
-from .names import renamed
+from .names import renames
 from .outputs import MixpertOutput
 
 
@@ -350,7 +350,9 @@ class FusedMixpertTower(PreTrainedModel):
         """
         path = checkpoint.locate(pretrained_model_name_or_path, cls.config_class.model_type, (1,))
         config = kwargs.get("config") or cls.config_class.from_pretrained(path)
-        mapping = _renames(checkpoint.keys(path), config)
+        with torch.device("meta"):
+            wanted = set(cls(config).state_dict())
+        mapping = renames(checkpoint.keys(path), wanted, config.vision_config.model_type)
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # reported in info, and an error below
         tower, info = super().from_pretrained(
@@ -382,14 +384,6 @@ class FusedMixpertTower(PreTrainedModel):
         path = self._family.final_norm
         if path is not None and not self.config.final_norm and path in self.trunk._modules:
             self.trunk._modules[path] = None
-
-
-def _renames(found: list[str], config: MixpertVisionConfig) -> dict[str, str]:
-    """Map the spellings in a checkpoint to this version's, where they differ."""
-    with torch.device("meta"):
-        wanted = set(FusedMixpertTower(config).state_dict())
-    pairs = {key: renamed(key, wanted, config.vision_config.model_type) for key in found}
-    return {f"^{old.replace('.', chr(92) + '.')}$": new for old, new in pairs.items() if old != new}
 
 
 AutoModel.register(MixpertVisionConfig, FusedMixpertTower)

@@ -66,6 +66,9 @@ LEAVES: dict[str, Callable[[nn.Module, int], nn.Module]] = {
 LOOSE_MATRICES = {("Gemma3MultiModalProjector", "mm_input_projection_weight")}
 
 
+# Modules that call a leaf with the tiles along dimension 1: where T equals B its routes would be mixed up unseen.
+TRANSPOSED = ("MLCDAttention",)
+
 _LOOSE = re.compile(r"parametrizations\.(\w+)\.original")
 
 
@@ -194,6 +197,10 @@ def _cloned(leaf: nn.Module, path: str, num_experts: int) -> nn.Module | None:
     if clone is None and name.endswith("RMSNorm") and hasattr(leaf, "weight"):
         clone = _llama_rms_norm
     where = path or "the block itself"
+    if name in TRANSPOSED:
+        raise ValueError(
+            f"expertize: cannot clone {name} at {where}: it calls its leaves with tokens before tiles"
+        )
     if clone is not None:
         try:
             return clone(leaf, num_experts)

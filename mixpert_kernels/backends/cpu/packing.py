@@ -3,8 +3,8 @@
 A packed copy belongs to the storage of its sources, not to a tensor object: torch.compile and autograd hand the same
 parameter over as ever new objects. It is used only while every source still has the storage, version counter and
 sampled values it was packed from. The version counter sees in-place updates and load_state_dict. Updates through
-``param.data`` do not count there; the sample sees them when they touch the whole weight, as an optimiser's do. Who edits
-a few values of ``param.data`` by hand calls ``clear()``.
+``param.data`` do not count there; the sample sees them when they touch the whole weight, as an optimiser's do. Who
+edits a few values of ``param.data`` by hand calls ``clear()``.
 """
 
 from __future__ import annotations
