@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from mixpert_kernels.backends import why_not
 from mixpert_kernels.backends.cpu.native import compute_dtype
 from mixpert_kernels.routing import Routing
 
@@ -92,11 +93,24 @@ class PreNormPlan:
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Full self-attention: (B, T, 3D) -> (B, T, D), one call for all experts; no copy is made of q, k or v."""
+    """Full self-attention: (B, T, 3D) -> (B, T, D), one call for all experts; no copy is made of q, k or v.
+
+    On a CPU that the reference serves it is tile by tile, as the reference is: the threads of one call for a batch
+    round a tile's last bits by where in the batch it stands.
+    """
+    if len(qkv) > 1 and _reference_serves(qkv):
+        return torch.cat([attention(tile.clone(), heads) for tile in qkv.split(1)])
     batch, tokens, width = qkv.shape
     q, k, v = qkv.view(batch, tokens, 3, heads, width // 3 // heads).permute(2, 0, 3, 1, 4).unbind()
     y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, D / H)
     return y.transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+def _reference_serves(x: Tensor) -> bool:
+    """Whether a CPU runs the reference; not asked under torch.compile, which cannot look a backend up."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return why_not("grouped_linear", "cpu", device=x.device, dtype=x.dtype) is not None
 
 
 def scale_table(block: nn.Module, path: str | None) -> Tensor | None:
