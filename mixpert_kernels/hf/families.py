@@ -113,18 +113,23 @@ def cut(model: nn.Module, family: Family, layers: int) -> tuple[nn.Module, list[
     The cut model shares parameters with ``model``, which is not changed: only the modules on the way to the list of
     blocks are new.
     """
-    shell = _shell(model)
+    blocks = list(model.get_submodule(family.blocks))
+    shell = _with_blocks(model, family.blocks, blocks[:layers])
     for name in family.drop:
         if name in shell._modules:
             shell._modules[name] = None
-    owner = shell
-    *path, last = family.blocks.split(".")
+    return shell, blocks[layers:]
+
+
+def _with_blocks(model: nn.Module, where: str, blocks: list[nn.Module]) -> nn.Module:
+    """The model with other blocks at ``where``: new module objects on the way there, all else the same ones."""
+    shell = owner = _shell(model)
+    *path, last = where.split(".")
     for name in path:
         owner._modules[name] = _shell(owner._modules[name])
         owner = owner._modules[name]
-    blocks = list(owner._modules[last])
-    owner._modules[last] = nn.ModuleList(blocks[:layers])
-    return shell, blocks[layers:]
+    owner._modules[last] = nn.ModuleList(blocks)
+    return shell
 
 
 def _shell(module: nn.Module) -> nn.Module:
@@ -180,13 +185,7 @@ def _embed_by_running(blocks: str) -> Callable[[nn.Module, Tensor, bool], Call]:
     """Run the model's own forward up to its first block, and return what that was called with."""
 
     def embed(model: nn.Module, pixels: Tensor, interpolate: bool) -> Call:
-        probe = _shell(model)
-        owner = probe
-        *path, last = blocks.split(".")
-        for name in path:
-            owner._modules[name] = _shell(owner._modules[name])
-            owner = owner._modules[name]
-        owner._modules[last] = nn.ModuleList([_Catch()])
+        probe = _with_blocks(model, blocks, [_Catch()])
         try:
             probe(pixels)
         except _Caught as caught:
