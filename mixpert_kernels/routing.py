@@ -70,15 +70,15 @@ def check_expert_ids(caller: str, expert: Tensor, num_experts: int) -> None:
     check_ids(caller, "expert", expert, num_experts)
 
 
-def check_ids(caller: str, name: str, ids: Tensor, count: int) -> None:
+def check_ids(caller: str, name: str, ids: Tensor, count: int | None = None) -> None:
     """Raise ValueError unless ``ids`` is a 1-D integer tensor; on a CPU, also unless each lies below ``count``."""
     if not isinstance(ids, Tensor):
         raise ValueError(f"{caller}: {name} must be an integer tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{caller}: {name} must have dtype int32 or int64, got {ids.dtype}")
     if ids.ndim != 1:
-        raise ValueError(f"{caller}: {name} must have 1 dimension, got {ids.ndim}")
-    if ids.device.type != "cpu" or torch.compiler.is_compiling():
+        raise ValueError(f"{caller}: {name} must have 1 dimension, got shape {tuple(ids.shape)}")
+    if count is None or ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     wrong = ids[(ids < 0) | (ids >= count)]
     if len(wrong):

@@ -85,7 +85,7 @@ ARGUMENTS = {
     "tiles float": ({"image_of_tile": torch.zeros(4)}, ("image_of_tile must", "torch.float32")),
     "tiles matrix": ({"image_of_tile": ids(*LIST)[None]}, ("image_of_tile must", "(1, 4)")),
     "tiles list": ({"image_of_tile": list(LIST)}, ("image_of_tile must", "list")),
-    "tiles none": ({"image_of_tile": ids()}, ("image_of_tile must", "(0,)")),
+    "tiles none": ({"image_of_tile": ids()}, ("image_of_tile must", "4, got 0")),
     "base alone": ({"base_tile": ids(0, 1)}, ("base_tile must", "image_of_tile")),
     "base too few": ({"base_tile": ids(0, 2)}, ("base_tile must", "3", "got 2")),
     "base too many": ({"base_tile": ids(0, 2, 3, 3)}, ("base_tile must", "3", "got 4")),

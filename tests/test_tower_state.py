@@ -25,6 +25,7 @@ from _towers import (
 )
 
 from mixpert_kernels import FusedMixpertTower
+from mixpert_kernels.backends.cpu import native
 from mixpert_kernels.hf import MixpertOutput
 
 SIZE = KINDS["siglip"].size
@@ -156,3 +157,18 @@ def test_all_images_to_one_of_any_number_of_experts(experts: int) -> None:
     for expert in {0, experts - 1}:
         assert_close(run(tower, images, expert), tile_by_tile(tower, images, [expert] * 3))
     assert run(tower, images, 0).shape == (3, 9, OUT)
+
+
+@pytest.mark.parametrize("kind", ["siglip", "clip", "dinov2", "vit"])
+def test_a_cpu_without_bfloat16_keeps_the_trunk_in_float32(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the pixels to the last shared block, rounded once: the features a float32 twin gives."""
+    monkeypatch.setitem(native.NATIVE, torch.bfloat16, False)
+    tower = make(kind).bfloat16()
+    twin = copy.deepcopy(tower).float()
+    images = pixels(3, KINDS[kind].size).bfloat16()
+    with torch.no_grad():
+        got, want = tower.trunk_features(images), twin.trunk_features(images.float())
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want.bfloat16())

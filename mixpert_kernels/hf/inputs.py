@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixpert_kernels.routing import check_ids
+
 OP = "FusedMixpertTower"
 
 
@@ -50,7 +52,7 @@ def resolve_images(
         if base_tile is not None:
             raise ValueError(f"{OP}: base_tile must come with image_of_tile, got it alone")
         return None, None
-    _check_ids("image_of_tile", image_of_tile)
+    check_ids(OP, "image_of_tile", image_of_tile)
     if image_of_tile.shape[0] != tiles:
         raise ValueError(
             f"{OP}: image_of_tile must have one entry a tile, {tiles}, got {image_of_tile.shape[0]}"
@@ -66,7 +68,7 @@ def resolve_images(
             )
         images = torch.arange(int(image_of_tile[-1]) + 1)
         base_tile = torch.searchsorted(image_of_tile.to(torch.int64), images)
-    _check_ids("base_tile", base_tile)
+    check_ids(OP, "base_tile", base_tile)
     if readable and base_tile.device.type == "cpu":
         _check_base_tile(base_tile, image_of_tile)
     return (
@@ -77,25 +79,10 @@ def resolve_images(
 
 def check_forced(expert: Tensor, images: int, num_experts: int) -> None:
     """Raise ValueError unless ``expert`` (I,) holds an expert id for each image."""
-    _check_ids("expert", expert)
+    check_ids(OP, "expert", expert, num_experts)
     if expert.shape[0] != images:
         raise ValueError(
             f"{OP}: expert must have one entry an image, {images}, got {expert.shape[0]}"
-        )
-    if expert.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = expert[(expert < 0) | (expert >= num_experts)]
-    if len(wrong):
-        raise ValueError(f"{OP}: expert must lie in 0..{num_experts - 1}, got {int(wrong[0])}")
-
-
-def _check_ids(name: str, ids: Tensor) -> None:
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64):
-        got = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"{OP}: {name} must be an int32 or int64 tensor, got {got}")
-    if ids.ndim != 1 or not len(ids):
-        raise ValueError(
-            f"{OP}: {name} must have 1 dimension, not empty, got shape {tuple(ids.shape)}"
         )
 
 

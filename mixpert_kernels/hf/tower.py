@@ -22,6 +22,7 @@ from .families import Call, cut, family_of, with_layers
 from .inputs import check_forced, check_pixels, resolve_images
 from .names import renames
 from .outputs import MixpertOutput
+from .trunk import run_trunk
 
 
 class FusedMixpertTower(PreTrainedModel):
@@ -276,17 +277,9 @@ class FusedMixpertTower(PreTrainedModel):
         check_pixels(pixels, self.config.vision_config, self.device, any_size=any_size)
 
     def _run_trunk(self, pixels: Tensor, interpolate: bool) -> Call:
-        pixels = pixels.to(self.trunk.dtype)  # image processors give float32
-        x, args, kwargs = self._family.embed(self.trunk, pixels, interpolate)
         fuse = self.config.fuse_trunk and not torch.is_grad_enabled()
-        single = Routing.single(x.shape[0], x.device) if fuse else None
-        for block, plan in zip(self._trunk_blocks, self._trunk_plans, strict=True):
-            if fuse and plan is not None and plan.serves(block, args, kwargs):
-                x = plan.run(block, x, single)
-                continue
-            x = block(x, *args, **kwargs)
-            x = x[0] if isinstance(x, tuple) else x
-        return x, args, kwargs
+        plans = self._trunk_plans if fuse else [None] * len(self._trunk_plans)
+        return run_trunk(self._family, self.trunk, plans, pixels, interpolate)
 
     def calibrate(
         self, loader_or_features: Any, labels: Tensor | None = None, **options: Any
