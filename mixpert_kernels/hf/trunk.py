@@ -22,7 +22,7 @@ def run_trunk(
     """Return x (B, T, D) in the dtype of ``trunk``, and what its blocks take besides."""
     blocks = trunk.get_submodule(family.blocks)
     dtype = trunk.dtype
-    wide = compute_dtype(dtype)
+    wide = dtype
     if trunk.device.type == "cpu" and all(
         plan is not None and plan.serves(block, family.args)
         for plan, block in zip(plans, blocks, strict=True)
