@@ -59,7 +59,7 @@ def calls(path: Path) -> set[str]:
 
 
 def test_the_ops_are_known():
-    assert OPS == ["grouped_layer_norm", "grouped_linear", "route"]
+    assert OPS == ["grouped_layer_norm", "grouped_linear", "grouped_mlp", "route"]
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mixpert_kernels.ops import grouped_layer_norm, grouped_linear
+from mixpert_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp
 from mixpert_kernels.routing import Routing
 
 from .grouped import GroupedLayerNorm, GroupedLinear
@@ -36,6 +36,27 @@ def linear(
     biases = [_grouped(leaf.bias, 2) for leaf in leaves if leaf.bias is not None]
     return grouped_linear(
         x, weights, biases or None, routing, activation=activation, residual=residual, scale=scale
+    )
+
+
+def mlp(
+    x: Tensor,
+    first: nn.Module,
+    second: nn.Module,
+    routing: Routing,
+    *,
+    activation: str,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """grouped_mlp by the parameters of two leaves, grouped or plain."""
+    parameters = [
+        None if p is None else _grouped(p, ndim)
+        for leaf in (first, second)
+        for p, ndim in ((leaf.weight, 3), (leaf.bias, 2))
+    ]
+    return grouped_mlp(
+        x, *parameters, routing, activation=activation, residual=residual, scale=scale
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mixpert_kernels.routing import Routing
 
-from .leaves import activation_name, exists, get, is_hooked, is_plain, linear
+from .leaves import activation_name, exists, get, is_hooked, is_plain, mlp
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class MlpPlan:
 
     def run(self, block: nn.Module, x: Tensor, routing: Routing) -> Tensor:
         name = activation_name(get(block, self.activation))
-        x = linear(x, (get(block, self.first),), routing, activation=name)
-        return linear(x, (get(block, self.second),), routing)
+        return mlp(x, get(block, self.first), get(block, self.second), routing, activation=name)
 
 
 _LLAVA = MlpPlan("linear_1", "act", "linear_2")

@@ -3,8 +3,8 @@
     x = x + scale1 * out(attention(qkv(norm1(x))))
     x = x + scale2 * fc2(act(fc1(norm2(x))))
 
-Seven calls whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias, scale
-and residual), LayerNorm, fc1 (with bias and activation), fc2 (with bias, scale and residual). The same plan serves a
+Seven launches whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias, scale
+and residual), LayerNorm, and the MLP's two (bias and activation; bias, scale and residual). The same plan serves a
 shared block, with plain leaves and one expert, and an expertized one: it reads the parameters where they are.
 """
 
@@ -21,7 +21,7 @@ from mixpert_kernels.backends import why_not
 from mixpert_kernels.backends.cpu.native import compute_dtype
 from mixpert_kernels.routing import Routing
 
-from .leaves import activation_name, exists, get, is_hooked, is_plain, layer_norm, linear
+from .leaves import activation_name, exists, get, is_hooked, is_plain, layer_norm, linear, mlp
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class PreNormPlan:
         scale1, scale2 = (scale_table(block, path) for path in (self.scale1, self.scale2))
         x = linear(y, (out,), routing, residual=x, scale=scale1)
         y = layer_norm(x, norm2, routing)
-        y = linear(y, (fc1,), routing, activation=activation_name(get(block, self.activation)))
-        return linear(y, (fc2,), routing, residual=x, scale=scale2).to(dtype)
+        act = activation_name(get(block, self.activation))
+        return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2).to(dtype)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:

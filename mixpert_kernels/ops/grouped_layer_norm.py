@@ -70,25 +70,34 @@ def grouped_layer_norm(
     require(eps >= 0, op, "eps", "be at least 0", eps)
     require_routing(op, routing, x, weight.shape[0])
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return torch.ops.mixpert.grouped_layer_norm(x, weight, bias, routing.expert, eps, backend)[0]
+    y, _, _ = torch.ops.mixpert.grouped_layer_norm(
+        x, weight, bias, routing.expert, routing.order, routing.offsets, eps, backend
+    )
+    return y
 
 
-def _run(x, weight, bias, expert, eps, backend):
+def _run(x, weight, bias, expert, order, offsets, eps, backend):
     chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
-    return chosen.grouped_layer_norm(x, weight, bias, expert, eps)
+    return chosen.grouped_layer_norm(x, weight, bias, expert, order, offsets, eps)
 
 
-def _fake(x, weight, bias, expert, eps, backend):
-    # PyTorch keeps the statistics of half-precision rows in float32 on a GPU and in the row's own dtype on a CPU.
-    wide = x.dtype if x.device.type == "cpu" or x.dtype == torch.float64 else torch.float32
-    statistic = x.new_empty(*x.shape[:2], 1, dtype=wide)
+def _fake(x, weight, bias, expert, order, offsets, eps, backend):
+    statistic = x.new_empty(*x.shape[:2], 1, dtype=_statistics_dtype(x, backend))
     return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
 
 
+def _statistics_dtype(x, backend):
+    """PyTorch keeps half-precision rows' statistics in their own dtype on a CPU; on a GPU, and in Triton, float32."""
+    if x.device.type != "cpu" and x.dtype != torch.float64:
+        return torch.float32
+    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    return torch.float32 if ".triton." in chosen.__name__ else x.dtype
+
+
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, expert, _, ctx.backend = inputs
+    x, weight, bias, expert, order, offsets, _, ctx.backend = inputs
     _, mean, rstd = output
-    ctx.save_for_backward(x, weight, bias, mean, rstd, expert)
+    ctx.save_for_backward(x, weight, bias, mean, rstd, expert, order, offsets)
     ctx.mark_non_differentiable(mean, rstd)
 
 
@@ -100,29 +109,31 @@ def _backward(ctx, dy, _dmean, _drstd):
         dx if needs_x else None,
         dweight if needs_weight else None,
         dbias if needs_bias else None,
-        *[None] * 3,
+        *[None] * 5,
     )
 
 
-def _run_backward(dy, x, weight, bias, mean, rstd, expert, backend):
+def _run_backward(dy, x, weight, bias, mean, rstd, expert, order, offsets, backend):
     chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
-    return chosen.grouped_layer_norm_backward(dy, x, weight, bias, mean, rstd, expert)
+    return chosen.grouped_layer_norm_backward(
+        dy, x, weight, bias, mean, rstd, expert, order, offsets
+    )
 
 
-def _fake_backward(dy, x, weight, bias, mean, rstd, expert, backend):
+def _fake_backward(dy, x, weight, bias, mean, rstd, expert, order, offsets, backend):
     dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
     return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias
 
 
 register(
-    "grouped_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor expert, float eps, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "grouped_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor expert, Tensor order, Tensor offsets, "
+    "float eps, str backend) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
 register(
     "grouped_layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "Tensor expert, str backend) -> (Tensor, Tensor, Tensor)",
+    "Tensor expert, Tensor order, Tensor offsets, str backend) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )

@@ -1,0 +1,96 @@
+"""Defines grouped_mlp: grouped_linear twice. Backward computes the activation again from the pre-activation."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import grouped_linear as linear
+from .activations import activate
+
+
+def grouped_mlp(
+    x: Tensor,  # (B, T, K)
+    weight1: Tensor,  # (E, H, K)
+    bias1: Tensor | None,  # (E, H)
+    weight2: Tensor,  # (E, N, H)
+    bias2: Tensor | None,  # (E, N)
+    expert: Tensor,  # (B,) int32
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+    residual: Tensor | None,  # (B, T, N)
+    scale: Tensor | None,  # (E, N)
+    for_backward: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (B, T, N); when for_backward (B, T, H) and, with a scale, (B, T, N)
+    """Return y and what backward needs: the first layer's pre-activation, the second's output before the scale."""
+    return two_layers(
+        linear, x, weight1, bias1, weight2, bias2, (expert, order, offsets), activation, residual,
+        scale, for_backward,
+    )  # fmt: skip
+
+
+def two_layers(
+    linear: ModuleType,  # a backend's grouped_linear
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    routing: tuple[Tensor, Tensor, Tensor],
+    activation: str,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grouped_mlp by the grouped_linear of any backend."""
+    h, pre1 = linear.grouped_linear(
+        x, [weight1], _listed(bias1), *routing, activation, None, None, for_backward
+    )
+    y, pre2 = linear.grouped_linear(
+        h, [weight2], _listed(bias2), *routing, "none", residual, scale, for_backward
+    )
+    return y, h if for_backward and activation == "none" else pre1, pre2
+
+
+def grouped_mlp_backward(
+    dy: Tensor,  # (B, T, N)
+    x: Tensor,  # (B, T, K)
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    pre1: Tensor,  # (B, T, H)
+    pre2: Tensor,  # (B, T, N) or empty
+    expert: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+    scale: Tensor | None,
+    needs: list[bool],  # of x, weight1, bias1, weight2, bias2, scale
+) -> list[Tensor]:  # in that order, empty where not needed
+    needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_scale = needs
+    routing = (expert, order, offsets)
+    h = torch.stack([activate(activation, tile) for tile in pre1])
+    dh, dweight2, dbias2, dscale = linear.grouped_linear_backward(
+        dy, h, [weight2], _listed(bias2), pre2, *routing, "none", scale,
+        [needs_x or needs_weight1 or needs_bias1, needs_weight2, needs_bias2, needs_scale],
+    )  # fmt: skip
+    dx, dweight1, dbias1 = dy.new_empty(0), [], []
+    if needs_x or needs_weight1 or needs_bias1:
+        dx, dweight1, dbias1, _ = linear.grouped_linear_backward(
+            dh, x, [weight1], _listed(bias1), pre1, *routing, activation, None,
+            [needs_x, needs_weight1, needs_bias1, False],
+        )  # fmt: skip
+    grads = [dx, *(_only(g, dy) for g in (dweight1, dbias1, dweight2, dbias2)), dscale]
+    return grads
+
+
+def _listed(bias: Tensor | None) -> list[Tensor]:
+    return [] if bias is None else [bias]
+
+
+def _only(grads: list[Tensor], like: Tensor) -> Tensor:
+    return grads[0] if grads else like.new_empty(0)
