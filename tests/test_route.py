@@ -234,6 +234,23 @@ def test_an_image_is_bitwise_the_same_in_any_batch_and_order(tokens, width, expe
     assert torch.equal(permuted.expert, whole.expert[order])
 
 
+@pytest.mark.parametrize("hidden", [None, 9])
+@pytest.mark.parametrize("tokens, width, experts", [(3, 5, 3), (17, 72, 4)])
+def test_the_gradient_of_an_image_is_bitwise_the_same_in_any_batch(tokens, width, experts, hidden):
+    x = features(7, tokens, width, dtype=torch.float32)
+    weights = router(width, experts, hidden, dtype=torch.float32)
+    dscores = torch.randn(7, experts, generator=torch.Generator().manual_seed(3))
+
+    def gradient(tiles):
+        part = x[tiles].clone().requires_grad_()
+        scores = route(part, weights, Strategy("direct"), backend="reference").scores
+        return torch.autograd.grad(scores, part, dscores[tiles])[0]
+
+    whole = gradient(list(range(7)))
+    for tiles in ([4], [6, 2, 0, 5, 1, 3]):
+        assert torch.equal(gradient(tiles), whole[tiles])
+
+
 def plain_scores(x, weights, base_tile, eps=1e-5):
     gamma, beta, hidden, hidden_bias, weight, bias = weights
     z = F.layer_norm(x[base_tile].mean(1), gamma.shape, gamma, beta, eps)

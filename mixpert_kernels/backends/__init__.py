@@ -41,9 +41,12 @@ def pick(op: str, backend: str, *, device: torch.device | str, dtype: torch.dtyp
     Raises:
         RuntimeError: no backend, or not the named one, can run the call; one line a backend with its reason.
     """
-    candidates = BACKENDS if backend == "auto" else (backend,)
+    automatic = backend == "auto"
     reasons = []
-    for name in candidates:
+    for name in BACKENDS if automatic else (backend,):
+        if automatic and name == "triton" and torch.device(device).type == "cpu":
+            reasons.append(f"  {name}: is interpreted on a CPU only where it is named")
+            continue
         reason = why_not(op, name, device=device, dtype=dtype)
         if reason is None:
             return importlib.import_module(f"{__name__}.{name}.{op}")

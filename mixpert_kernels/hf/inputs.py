@@ -77,6 +77,15 @@ def resolve_images(
     )
 
 
+def images_of(
+    x: Tensor, image_of_tile: Tensor | None, base_tile: Tensor | None, expert: Tensor | None
+) -> dict[str, Tensor | None]:
+    """What the routing ops are told of the images of features x (B, T, D), on their device."""
+    image_of_tile, base_tile = resolve_images(image_of_tile, base_tile, x.shape[0], x.device)
+    expert = None if expert is None else expert.to(x.device)
+    return {"image_of_tile": image_of_tile, "base_tile": base_tile, "expert": expert}
+
+
 def check_forced(expert: Tensor, images: int, num_experts: int) -> None:
     """Raise ValueError unless ``expert`` (I,) holds an expert id for each image."""
     check_ids(OP, "expert", expert, num_experts)

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,14 @@ class ExpertBlock(nn.Module):
         finally:
             bind(before)
         return y[0] if isinstance(y, tuple) else y
+
+    def can_route(self, args: tuple = (), kwargs: dict | None = None) -> bool:
+        """Whether ``run_routed`` computes what routing first and ``forward`` next would, for this call."""
+        return isinstance(self.plan, PreNormPlan) and self.plan.serves(self.block, args, kwargs)
+
+    def run_routed(self, x: Tensor, *router: Any, **options: Any) -> tuple[Tensor, Routing]:
+        """Route tiles ``x`` (B, T, D) and run the block on them; the arguments are those of ``PreNormPlan``'s."""
+        return self.plan.run_routed(self.block, x, *router, **options)
 
     def _check(self, x: Tensor, routing: Routing) -> None:
         """A loose parameter broadcasts: over an x of another rank or batch it would be wrong without an error."""

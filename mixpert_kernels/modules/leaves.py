@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from mixpert_kernels.ops import grouped_layer_norm, grouped_linear, grouped_mlp
+from mixpert_kernels.ops import (
+    RouterWeights,
+    Strategy,
+    grouped_layer_norm,
+    grouped_linear,
+    grouped_mlp,
+    route_grouped_linear,
+)
 from mixpert_kernels.routing import Routing
 
 from .grouped import GroupedLayerNorm, GroupedLinear
@@ -32,11 +41,23 @@ def linear(
     scale: Tensor | None = None,
 ) -> Tensor:
     """grouped_linear by the parameters of leaves, grouped or plain, side by side."""
-    weights = [_grouped(leaf.weight, 3) for leaf in leaves]
-    biases = [_grouped(leaf.bias, 2) for leaf in leaves if leaf.bias is not None]
     return grouped_linear(
-        x, weights, biases or None, routing, activation=activation, residual=residual, scale=scale
+        x, *_side_by_side(leaves), routing, activation=activation, residual=residual, scale=scale
     )
+
+
+def routed_linear(
+    x: Tensor,
+    router: RouterWeights,
+    strategy: Strategy,
+    norm: nn.Module,
+    leaves: tuple[nn.Module, ...],
+    **options: Any,
+) -> tuple[Tensor, Routing]:
+    """route_grouped_linear by the parameters of a norm and of leaves, side by side."""
+    gain, offset = _norm_parameters(norm)
+    given = (router, strategy, gain, offset, *_side_by_side(leaves))
+    return route_grouped_linear(x, *given, norm_eps=norm.eps, **options)
 
 
 def mlp(
@@ -61,9 +82,17 @@ def mlp(
 
 
 def layer_norm(x: Tensor, leaf: nn.Module, routing: Routing) -> Tensor:
-    weight, bias = _grouped(leaf.weight, 2), leaf.bias
-    bias = None if bias is None else _grouped(bias, 2)
-    return grouped_layer_norm(x, weight, bias, routing, eps=leaf.eps)
+    return grouped_layer_norm(x, *_norm_parameters(leaf), routing, eps=leaf.eps)
+
+
+def _norm_parameters(leaf: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return _grouped(leaf.weight, 2), None if leaf.bias is None else _grouped(leaf.bias, 2)
+
+
+def _side_by_side(leaves: tuple[nn.Module, ...]) -> tuple[list[Tensor], list[Tensor] | None]:
+    weights = [_grouped(leaf.weight, 3) for leaf in leaves]
+    biases = [_grouped(leaf.bias, 2) for leaf in leaves if leaf.bias is not None]
+    return weights, biases or None
 
 
 def activation_name(module: nn.Module) -> str | None:

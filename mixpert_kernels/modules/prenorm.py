@@ -3,14 +3,15 @@
     x = x + scale1 * out(attention(qkv(norm1(x))))
     x = x + scale2 * fc2(act(fc1(norm2(x))))
 
-Seven launches whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias, scale
-and residual), LayerNorm, and the MLP's two (bias and activation; bias, scale and residual). The same plan serves a
-shared block, with plain leaves and one expert, and an expertized one: it reads the parameters where they are.
+Seven launches whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias,
+scale and residual), LayerNorm, and the MLP's two (bias and activation; bias, scale and residual). The same plan serves
+a shared block, with plain leaves and one expert, and an expertized one: it reads the parameters where they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,20 @@ from torch.nn.utils import parametrize
 
 from mixpert_kernels.backends import why_not
 from mixpert_kernels.backends.cpu.native import compute_dtype
+from mixpert_kernels.ops import RouterWeights, Strategy
 from mixpert_kernels.routing import Routing
 
-from .leaves import activation_name, exists, get, is_hooked, is_plain, layer_norm, linear, mlp
+from .leaves import (
+    activation_name,
+    exists,
+    get,
+    is_hooked,
+    is_plain,
+    layer_norm,
+    linear,
+    mlp,
+    routed_linear,
+)
 
 
 @dataclass(frozen=True)
@@ -81,15 +93,29 @@ class PreNormPlan:
         dtype = x.dtype
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             x = x.to(compute_dtype(dtype))  # once a block rather than around each product
-        norm1, query, key, value, out, norm2, fc1, fc2 = self._leaves(block)
-        heads = get(block, self.heads)
+        norm1, query, key, value = self._leaves(block)[:4]
         qkv = linear(layer_norm(x, norm1, routing), (query, key, value), routing)  # (B, T, 3D)
-        y = attention(qkv, heads)  # (B, T, D)
+        return self._run_from(qkv, block, x, routing).to(dtype)
+
+    def run_routed(
+        self, block: nn.Module, x: Tensor, router: RouterWeights, strategy: Strategy, **options: Any
+    ) -> tuple[Tensor, Routing]:
+        """Route x (B, T, D) and run the block: the router, the first norm and QKV are one ``route_grouped_linear``.
+
+        ``options``: its keyword arguments for images and the router.
+        """
+        norm1, query, key, value = self._leaves(block)[:4]
+        qkv, routing = routed_linear(x, router, strategy, norm1, (query, key, value), **options)
+        return self._run_from(qkv, block, x, routing), routing
+
+    def _run_from(self, qkv: Tensor, block: nn.Module, x: Tensor, routing: Routing) -> Tensor:
+        out, norm2, fc1, fc2 = self._leaves(block)[4:]
+        y = attention(qkv, get(block, self.heads))  # (B, T, D)
         scale1, scale2 = (scale_table(block, path) for path in (self.scale1, self.scale2))
         x = linear(y, (out,), routing, residual=x, scale=scale1)
         y = layer_norm(x, norm2, routing)
         act = activation_name(get(block, self.activation))
-        return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2).to(dtype)
+        return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
