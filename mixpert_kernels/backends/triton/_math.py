@@ -37,9 +37,12 @@ def activate_grad(z, ACTIVATION: tl.constexpr):
         density = tl.exp(-0.5 * z * z) * 0.3989422804014327
         return 0.5 * (1.0 + tl.math.erf(z * 0.7071067811865476)) + z * density
     elif ACTIVATION == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
-        inner = 0.7978845608028654 * (1.0 + 0.134145 * z * z)
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * inner
+        u = 0.7978845608028654 * (z + 0.044715 * z * z * z)
+        du = 0.7978845608028654 * (1.0 + 0.134145 * z * z)
+        # With q = exp(-2 |u|), 1 - tanh(u)^2 = 4 q / (1 + q)^2: no digit is lost where tanh is near -1 or 1.
+        q = tl.exp(-2.0 * tl.abs(u))
+        p = 1.0 / (1.0 + q)
+        return tl.where(u < 0.0, q * p, p) + 2.0 * z * du * q * p * p
     elif ACTIVATION == "quick_gelu":
         s = _sigmoid(1.702 * z)
         return s + 1.702 * z * s * (1.0 - s)

@@ -1,0 +1,237 @@
+"""The elementwise part of a grouped layer's backward, dz = dy * scale * act'(pre), and sums over an expert's tokens.
+
+Sums are made in two steps, without atomics: chunks of a tile's tokens first, then the chunks of each expert's tiles in
+order. A chunk's size is a constant, so an expert's sums are bit for bit what its own tiles alone give.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _configs, _launch
+from ._gemm import WEIGHTS, rows_dense
+from ._math import activate, activate_grad
+from .grouped_outer import place
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _activation_backward_kernel(
+    dy_ptr,  # (B, T, N)
+    pre_ptr,  # (B, T, N), or None where neither an activation nor the sum for scale needs it
+    scale_ptr,  # (E, N) or None
+    expert_ptr,  # (B,) int32
+    dz_ptr,  # (B, T, N) or None
+    bias_ptr,  # (B, S, N) float32 or None
+    dscale_ptr,  # (B, S, N) float32 or None
+    tokens,
+    width,
+    stride_yb,
+    stride_yt,
+    stride_pb,
+    stride_pt,
+    stride_db,
+    stride_dt,
+    stride_sb,
+    stride_ss,
+    ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # dz[b, t, n] = dy[b, t, n] * scale[e, n] * act'(pre[b, t, n])     with e = expert[b]
+    # bias[b, s, n]   = sum over t in chunk s of dz[b, t, n]
+    # dscale[b, s, n] = sum over t in chunk s of dy[b, t, n] * act(pre[b, t, n])
+    #
+    # One program computes chunk s of a tile, tokens s * CHUNK and on, x COLUMNS columns. It sums dz before rounding it.
+    # Grid: B * S * cdiv(N, COLUMNS), S = cdiv(T, CHUNK), columns fastest.
+    blocks, chunks = tl.cdiv(width, COLUMNS), tl.cdiv(tokens, CHUNK)
+    n = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    s = tl.program_id(0) // blocks % chunks
+    tile = tl.program_id(0) // (blocks * chunks)
+    b = tile.to(tl.int64)
+    in_n = n < width
+    if scale_ptr is not None:
+        e = tl.load(expert_ptr + tile).to(tl.int64)
+        scale = tl.load(scale_ptr + e * width + n, mask=in_n, other=0.0).to(tl.float32)
+    bias = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dscale = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        t = s * CHUNK + start + tl.arange(0, ROWS)
+        inside = (t < tokens)[:, None] & in_n[None, :]
+        t = t.to(tl.int64)[:, None]
+        dy = tl.load(dy_ptr + b * stride_yb + t * stride_yt + n[None, :], mask=inside, other=0.0)
+        dz = dy.to(tl.float32)
+        if pre_ptr is not None:
+            pre_ptrs = pre_ptr + b * stride_pb + t * stride_pt + n[None, :]
+            pre = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if dscale_ptr is not None:
+            dscale += dz * activate(pre, ACTIVATION)
+        if scale_ptr is not None:
+            dz *= scale[None, :]
+        if ACTIVATION != "none":
+            dz *= activate_grad(pre, ACTIVATION)
+        if bias_ptr is not None:
+            bias += dz
+        if dz_ptr is not None:
+            dz_ptrs = dz_ptr + b * stride_db + t * stride_dt + n[None, :]
+            tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+    part = b * stride_sb + s * stride_ss + n
+    if bias_ptr is not None:
+        tl.store(bias_ptr + part, tl.sum(bias, 0), mask=in_n)
+    if dscale_ptr is not None:
+        tl.store(dscale_ptr + part, tl.sum(dscale, 0), mask=in_n)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _sum_by_expert_kernel(
+    part_ptr,  # (B, S, C) float32, C = WIDTH0 + WIDTH1 + WIDTH2
+    out0_ptr,  # (E, WIDTH0)
+    out1_ptr,  # (E, WIDTH1)
+    out2_ptr,  # (E, WIDTH2)
+    order_ptr,  # (B,) int32
+    offsets_ptr,  # (E + 1,) int32
+    chunks,
+    stride_pb,
+    stride_ps,
+    WIDTH0: tl.constexpr,
+    WIDTH1: tl.constexpr,
+    WIDTH2: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    # out[e, c] = sum over b in order[offsets[e] : offsets[e + 1]], s of part[b, s, c]
+    #
+    # One program computes COLUMNS columns of one expert; its rows (b, s) are one list, and row r of it is added to sum
+    # r % ROWS, so the order depends on nothing but the expert's own tiles. Grid: E * BLOCKS, the sum of
+    # cdiv(WIDTH_i, COLUMNS).
+    e, block = tl.program_id(0) // BLOCKS, tl.program_id(0) % BLOCKS
+    in0, in1, width, before, first = place(block, WIDTH0, WIDTH1, WIDTH2, COLUMNS)
+    c = first + tl.arange(0, COLUMNS)
+    start = tl.load(offsets_ptr + e)
+    rows = (tl.load(offsets_ptr + e + 1) - start) * chunks
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first_row in range(0, rows, ROWS):
+        r = first_row + tl.arange(0, ROWS)
+        b = tl.load(order_ptr + start + r // chunks, mask=r < rows, other=0).to(tl.int64)
+        at = b * stride_pb + (r % chunks).to(tl.int64) * stride_ps
+        part_ptrs = part_ptr + at[:, None] + before + c[None, :]
+        acc += tl.load(part_ptrs, mask=(r < rows)[:, None] & (c < width)[None, :], other=0.0)
+    out_ptr = tl.where(in0, out0_ptr, tl.where(in1, out1_ptr, out2_ptr))
+    total = tl.sum(acc, 0).to(out0_ptr.dtype.element_ty)
+    tl.store(out_ptr + e.to(tl.int64) * width + c, total, mask=c < width)
+
+
+def activation_backward(
+    dy: Tensor,  # (B, T, N)
+    pre: Tensor | None,  # (B, T, N); read where there is an activation, or for scale
+    scale: Tensor | None,  # (E, N)
+    expert: Tensor,  # (B,) int32
+    activation: str,
+    needs_bias: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (B, T, N), (B, S, N) float32, the same
+    """dz = dy * scale * act'(pre), and what ``sum_by_expert`` makes the gradients of bias and scale of, in one launch.
+
+    dz is dy itself where there is neither an activation nor a scale.
+    """
+    dz, parts = backward_parts(dy, pre, scale, expert, activation, needs_bias, needs_scale)
+    width = dy.shape[2]
+    dbias = parts[..., :width] if needs_bias else None
+    return dz, dbias, parts[..., -width:] if needs_scale else None
+
+
+def backward_parts(
+    dy: Tensor,  # (B, T, N)
+    pre: Tensor | None,  # (B, T, N)
+    scale: Tensor | None,  # (E, N)
+    expert: Tensor,  # (B,) int32
+    activation: str,
+    needs_bias: bool,
+    needs_scale: bool,
+    needs_dz: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # (B, T, N), (B, S, N) or (B, S, 2 N) float32
+    """The same, with the parts for bias and those for scale side by side."""
+    dy = rows_dense(dy)
+    unchanged = scale is None and activation == "none"
+    needs_dz = needs_dz and not unchanged
+    if not (needs_dz or needs_bias or needs_scale):
+        return dy, None
+    config = _configs.ACTIVATION_BACKWARD
+    (batch, tokens, width), chunks = dy.shape, triton.cdiv(dy.shape[1], config.chunk)
+    pre = rows_dense(pre) if needs_scale or activation != "none" else None
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_dz else None
+    columns = (needs_bias + needs_scale) * width
+    parts = dy.new_empty(batch, chunks, columns, dtype=torch.float32) if columns else None
+    args = {
+        "dy_ptr": dy,
+        "pre_ptr": pre,
+        "scale_ptr": None if scale is None else scale.contiguous(),
+        "expert_ptr": expert,
+        "dz_ptr": dz,
+        "bias_ptr": parts if needs_bias else None,
+        "dscale_ptr": parts[..., -width:] if needs_scale else None,
+        "tokens": tokens,
+        "width": width,
+        **_strides("stride_y{}", dy, "bt"),
+        **_strides("stride_p{}", pre, "bt"),
+        **_strides("stride_d{}", dz, "bt"),
+        **_strides("stride_s{}", parts, "bs"),
+        "ACTIVATION": activation,
+        "CHUNK": config.chunk,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+    }
+    grid = (batch * chunks * triton.cdiv(width, config.columns),)
+    _launch.launch(_activation_backward_kernel, grid, args, config)
+    return dy if dz is None else dz, parts
+
+
+def sum_by_expert(
+    partial: Tensor,  # (B, S, C) float32
+    order: Tensor,  # (B,) int32
+    offsets: Tensor,  # (E + 1,) int32
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (E, C)
+    """Sum over S and the tiles of each expert, in order; exact zeros for an expert without a tile."""
+    return sums_by_expert(partial, [partial.shape[2]], order, offsets, num_experts, dtype)[0]
+
+
+def sums_by_expert(
+    partial: Tensor,  # (B, S, C) float32, C = sum of widths
+    widths: list[int],
+    order: Tensor,  # (B,) int32
+    offsets: Tensor,  # (E + 1,) int32
+    num_experts: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:  # each (E, widths[i])
+    """The same as one tensor for each of ``widths``; one launch for up to three."""
+    config = _configs.SUM_BY_EXPERT
+    outs = [partial.new_empty(num_experts, width, dtype=dtype) for width in widths]
+    for first in range(0, len(widths), WEIGHTS):
+        out = outs[first : first + WEIGHTS]
+        chosen = [o.shape[1] for o in out] + [0] * (WEIGHTS - len(out))
+        blocks = sum(triton.cdiv(width, config.columns) for width in chosen)
+        args = {
+            "part_ptr": partial[..., sum(widths[:first]) :],
+            **{f"out{i}_ptr": out[min(i, len(out) - 1)] for i in range(WEIGHTS)},
+            "order_ptr": order,
+            "offsets_ptr": offsets,
+            "chunks": partial.shape[1],
+            **_strides("stride_p{}", partial, "bs"),
+            **{f"WIDTH{i}": width for i, width in enumerate(chosen)},
+            "BLOCKS": blocks,
+            "ROWS": config.rows,
+            "COLUMNS": config.columns,
+        }
+        _launch.launch(_sum_by_expert_kernel, (num_experts * blocks,), args, config)
+    return outs
+
+
+def _strides(pattern: str, tensor: Tensor | None, names: str) -> dict[str, int]:
+    strides = (0,) * len(names) if tensor is None else tensor.stride()
+    return {pattern.format(name): s for name, s in zip(names, strides, strict=False)}
