@@ -31,12 +31,17 @@ def assert_as_accurate(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> 
         raise AssertionError(f"{name}: dtype {got.dtype}, plain {plain.dtype}")
     if got.numel() == 0:
         return
+    error, bound = error_and_bound(got, plain, truth)
+    if not error <= bound:  # so written that NaN fails
+        raise AssertionError(f"{name}: error {error:.3e}, more than {bound:.3e} ({got.dtype})")
+
+
+def error_and_bound(got: Tensor, plain: Tensor, truth: Tensor) -> tuple[float, float]:
+    """The two sides of ``assert_as_accurate``'s inequality, for tensors that are not empty."""
     truth = truth.double()
     error = (got.double() - truth).abs().max().item()
     bound = 2 * (plain.double() - truth).abs().max().item()
-    bound += torch.finfo(got.dtype).eps * truth.abs().max().item()
-    if not error <= bound:  # so written that NaN fails
-        raise AssertionError(f"{name}: error {error:.3e}, more than {bound:.3e} ({got.dtype})")
+    return error, bound + torch.finfo(got.dtype).eps * truth.abs().max().item()
 
 
 @torch.no_grad()

@@ -23,6 +23,12 @@ HERE = [
 NAMES = ("x", "weight", "bias")
 
 
+def skip_unless_served(backend, dtype):
+    reason = why_not("grouped_layer_norm", backend, device="cpu", dtype=dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+
 def oracle(x, weight, bias, expert, eps):
     y = np.empty_like(x)
     for b, t in np.ndindex(x.shape[:2]):
@@ -84,6 +90,7 @@ def test_equals_the_oracle(data, experts, batch, tokens, width, biased, eps):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", HERE)
 def test_is_as_accurate_as_plain_pytorch(backend, dtype, biased):
+    skip_unless_served(backend, dtype)
     expert = [2, 0, 2, 2, 1, 0]
     tensors = problem(6, 17, 72, 4, dtype=dtype, biased=biased)
     dy = torch.randn(6, 17, 72, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -118,22 +125,23 @@ def test_gradcheck(biased):
 @pytest.mark.parametrize("needs_gradient", [True, False])
 @pytest.mark.parametrize("backend", HERE)
 def test_opcheck(needs_gradient, biased, dtype, backend):
+    skip_unless_served(backend, dtype)
     tensors = problem(2, 3, 8, 2, dtype=dtype, biased=biased)
     if needs_gradient:
         tensors = [None if t is None else t.requires_grad_() for t in tensors]
-    expert = torch.tensor([1, 0], dtype=torch.int32)
+    routing = Routing.forced(torch.tensor([1, 0]), 2)[:3]
     torch.library.opcheck(
-        torch.ops.mixpert.grouped_layer_norm.default, (*tensors, expert, 1e-6, backend)
+        torch.ops.mixpert.grouped_layer_norm.default, (*tensors, *routing, 1e-6, backend)
     )
 
 
 def test_opcheck_of_the_backward():
     x, weight, bias = problem(2, 3, 8, 2, dtype=torch.float32)
-    expert = torch.tensor([1, 0], dtype=torch.int32)
-    _, mean, rstd = torch.ops.mixpert.grouped_layer_norm(x, weight, bias, expert, 1e-6, "auto")
+    routing = Routing.forced(torch.tensor([1, 0]), 2)[:3]
+    _, mean, rstd = torch.ops.mixpert.grouped_layer_norm(x, weight, bias, *routing, 1e-6, "auto")
     torch.library.opcheck(
         torch.ops.mixpert.grouped_layer_norm_backward.default,
-        (torch.ones_like(x), x, weight, bias, mean, rstd, expert, "auto"),
+        (torch.ones_like(x), x, weight, bias, mean, rstd, *routing, "auto"),
         test_utils=("test_schema", "test_faketensor"),
     )
 

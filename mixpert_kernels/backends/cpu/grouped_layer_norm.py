@@ -15,6 +15,8 @@ def grouped_layer_norm(
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
     expert: Tensor,  # (B,) int32
+    order: Tensor,
+    offsets: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1), rstd (B, T, 1)
     parts = [

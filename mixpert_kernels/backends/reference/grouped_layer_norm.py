@@ -11,6 +11,8 @@ def grouped_layer_norm(
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
     expert: Tensor,  # (B,) int32
+    order: Tensor,
+    offsets: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1), rstd (B, T, 1)
     tiles = [
@@ -31,6 +33,8 @@ def grouped_layer_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     expert: Tensor,
+    order: Tensor,
+    offsets: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
     tiles = [
         torch.ops.aten.native_layer_norm_backward(

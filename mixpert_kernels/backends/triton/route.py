@@ -1,0 +1,137 @@
+"""route in one launch (and one memset): pool, score, decide, sort, without a word to the host."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _configs, _launch
+from ._route import partial_pool, score_image, sort_tiles
+from ._route_backward import powers_of_two, route_backward
+
+__all__ = ["route", "route_backward"]
+
+RULES = {"direct": "direct", "score_threshold": "threshold"}  # a score difference: its reference
+
+
+@triton.jit(do_not_specialize=["batch", "tokens"])
+def _route_kernel(
+    x_ptr,  # (B, T, D)
+    image_of_tile_ptr,  # (B,) or None
+    base_tile_ptr,  # (I,) or None
+    forced_ptr,  # (I,) or None
+    norm_weight_ptr,  # (D,)
+    norm_bias_ptr,  # (D,)
+    hidden_weight_ptr,  # (H, D) or None
+    hidden_bias_ptr,  # (H,) or None
+    weight_ptr,  # (E, H or D)
+    bias_ptr,  # (E,)
+    scores_ptr,  # (I, E) float32
+    pooled_ptr,  # (I, D) float32
+    expert_ptr,  # (B,) int32
+    order_ptr,  # (B,) int32
+    offsets_ptr,  # (E + 1,) int32
+    workspace_ptr,  # (I, S D) and (I, H + E) float32
+    counters_ptr,  # (2 I + 1,) int32, zeros: arrivals of each image, images scored, expert + 1 of each image
+    batch,
+    tokens,
+    stride_xb,
+    stride_xt,
+    eps,
+    threshold,
+    RULE: tl.constexpr,
+    D: tl.constexpr,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # p[i] = mean_t x[base_tile[i], t];  scores[i] = softmax(router(p[i]));  the rule's expert of i serves all its tiles
+    #
+    # One program adds ROWS rows of one image's base tile. Grid: I * S with S = cdiv(T, ROWS). Nobody waits: the last
+    # program of an image to arrive scores it, and the last image to be scored writes expert, order and offsets.
+    # An arrival releases what its program wrote and acquires what the others wrote. The barriers in front make it speak
+    # for all warps: before 3.9, Triton puts none there.
+    blocks = tl.maximum(tl.cdiv(tokens, ROWS), 1)
+    images = tl.num_programs(0) // blocks
+    image = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    tile = image if base_tile_ptr is None else tl.load(base_tile_ptr + image)
+    i = image.to(tl.int64)
+    partial_ptr = workspace_ptr + i * blocks * D
+    x_ptr += tile.to(tl.int64) * stride_xb
+    partial_pool(x_ptr, partial_ptr + block * D, block * ROWS, tokens, stride_xt, D, ROWS, BLOCK_D)
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + image, 1, sem="acq_rel", scope="gpu") == blocks - 1:
+        scratch_ptr = workspace_ptr + images.to(tl.int64) * blocks * D + i * (H + E)
+        expert = score_image(
+            partial_ptr, scratch_ptr, norm_weight_ptr, norm_bias_ptr, hidden_weight_ptr, hidden_bias_ptr, weight_ptr,
+            bias_ptr, pooled_ptr + i * D, scores_ptr + i * E, blocks, tokens, eps, threshold, RULE, D, H, E, WIDTH,
+            HIDDEN, BLOCK_E,
+        )  # fmt: skip
+        if forced_ptr is not None:
+            expert = tl.load(forced_ptr + i).to(tl.int32)
+        ids_ptr = counters_ptr + images + 1
+        tl.store(ids_ptr + i, expert + 1)
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + images, 1, sem="acq_rel", scope="gpu") == images - 1:
+            sort_tiles(
+                ids_ptr, image_of_tile_ptr, expert_ptr, order_ptr, offsets_ptr, batch, E, BLOCK_E
+            )
+
+
+def route(
+    x: Tensor,  # (B, T, D)
+    image_of_tile: Tensor | None,  # (B,)
+    base_tile: Tensor | None,  # (I,)
+    expert: Tensor | None,  # (I,) forced
+    norm_weight: Tensor,  # (D,)
+    norm_bias: Tensor,
+    hidden_weight: Tensor | None,  # (h, D)
+    hidden_bias: Tensor | None,
+    weight: Tensor,  # (E, D or h)
+    bias: Tensor,  # (E,)
+    eps: float,
+    strategy: str,
+    threshold: float,
+    against: str,
+) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
+    batch, tokens, width = x.shape
+    images = batch if base_tile is None else base_tile.shape[0]
+    experts = weight.shape[0]
+    hidden = 0 if hidden_weight is None else hidden_weight.shape[0]
+    config = _configs.route_config(width)
+    blocks = max(triton.cdiv(tokens, config.rows), 1)
+    x = x if x.stride(2) == 1 else x.contiguous()
+    scores = x.new_empty(images, experts, dtype=torch.float32)
+    pooled = x.new_empty(images, width, dtype=torch.float32)
+    ids, order = (x.new_empty(batch, dtype=torch.int32) for _ in range(2))
+    offsets = x.new_empty(experts + 1, dtype=torch.int32)
+    size = images * (blocks * width + hidden + experts)
+    tensors = {
+        "image_of_tile_ptr": image_of_tile,
+        "base_tile_ptr": base_tile,
+        "forced_ptr": expert,
+        "norm_weight_ptr": norm_weight,
+        "norm_bias_ptr": norm_bias,
+        "hidden_weight_ptr": hidden_weight,
+        "hidden_bias_ptr": hidden_bias,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+    }
+    args = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
+    args |= {"x_ptr": x, "scores_ptr": scores, "pooled_ptr": pooled}
+    args |= {"expert_ptr": ids, "order_ptr": order, "offsets_ptr": offsets}
+    args["workspace_ptr"] = x.new_empty(size, dtype=torch.float32)
+    args["counters_ptr"] = x.new_zeros(2 * images + 1, dtype=torch.int32)
+    args |= {"batch": batch, "tokens": tokens, "stride_xb": x.stride(0), "stride_xt": x.stride(1)}
+    args |= {"eps": eps, "threshold": threshold, "RULE": RULES.get(strategy, against)}
+    args |= {"D": width, "H": hidden, "E": experts, **powers_of_two(width, hidden, experts)}
+    args |= {"ROWS": config.rows, "BLOCK_D": config.block_d}
+    _launch.launch(_route_kernel, (images * blocks,), args, config)
+    return scores, pooled, ids, order, offsets
