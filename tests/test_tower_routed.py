@@ -66,3 +66,19 @@ def test_with_gradients_routing_comes_first(calls: list[str]) -> None:
     tower = make("siglip")
     tower(pixels(3, KINDS["siglip"].size)).last_hidden_state.sum().backward()
     assert calls == []
+
+
+@pytest.mark.parametrize("where", ["experts.0.block.mlp.activation_fn", "projector.block.1"])
+def test_an_activation_replaced_later_is_used(where: str) -> None:
+    """By one the plans do not know: the block's own forward runs."""
+    tower = make("siglip")
+    batch = pixels(3, KINDS["siglip"].size)
+    owner, _, name = where.rpartition(".")
+    with torch.no_grad():
+        before = tower(batch).last_hidden_state
+        setattr(tower.get_submodule(owner), name, torch.nn.Softplus())
+        after = tower(batch).last_hidden_state
+        setattr(tower.get_submodule(owner), name, torch.nn.Softplus())
+        again = tower(batch).last_hidden_state
+    assert not torch.allclose(before, after, rtol=1e-2)
+    assert torch.equal(after, again)

@@ -82,7 +82,7 @@ def images_of(
 ) -> dict[str, Tensor | None]:
     """What the routing ops are told of the images of features x (B, T, D), on their device."""
     image_of_tile, base_tile = resolve_images(image_of_tile, base_tile, x.shape[0], x.device)
-    expert = None if expert is None else expert.to(x.device)
+    expert = None if expert is None else expert.to(x.device, non_blocking=True)
     return {"image_of_tile": image_of_tile, "base_tile": base_tile, "expert": expert}
 
 

@@ -17,12 +17,13 @@ from mixpert_kernels.routing import Routing
 from mixpert_kernels.training import Calibration, calibrate
 
 from . import checkpoint, projectors
+from .capture import CapturedTower
 from .configuration import MixpertVisionConfig
 from .families import Call, cut, family_of, with_layers
-from .inputs import check_forced, check_pixels, resolve_images
+from .inputs import check_forced, check_pixels, images_of, resolve_images
 from .names import renames
 from .outputs import MixpertOutput
-from .trunk import run_trunk
+from .trunk import fuses_routing, run_trunk
 
 
 class FusedMixpertTower(PreTrainedModel):
@@ -188,12 +189,12 @@ class FusedMixpertTower(PreTrainedModel):
             check_forced(expert, images, self.config.num_experts)
         x, args, kwargs = self._run_trunk(pixel_values, interpolate_pos_encoding)
         if expert is not None and not output_router:
-            expert = expert.to(x.device)
+            expert = expert.to(x.device, non_blocking=True)
             of_tile = expert if image_of_tile is None else expert[image_of_tile]
             routing = Routing.forced(of_tile, self.config.num_experts)
+            y = self.expert_segment(x, routing, *args, **kwargs)
         else:
-            routing = self.route(x, image_of_tile, base_tile, expert)
-        y = self.expert_segment(x, routing, *args, **kwargs)
+            y, routing = self._routed_segment(x, image_of_tile, base_tile, expert, args, kwargs)
         chosen = routing.expert if base_tile is None else routing.expert[base_tile]
         return MixpertOutput(
             last_hidden_state=y,
@@ -231,15 +232,9 @@ class FusedMixpertTower(PreTrainedModel):
         expert: Tensor | None = None,
     ) -> Routing:
         """Route trunk features by this tower's router and strategy; ``expert`` (I,) forces the routes."""
-        image_of_tile, base_tile = resolve_images(image_of_tile, base_tile, x.shape[0], x.device)
+        images = images_of(x, image_of_tile, base_tile, expert)
         return ops.route(
-            x,
-            self.router.weights,
-            self.config.strategy,
-            image_of_tile=image_of_tile,
-            base_tile=base_tile,
-            expert=None if expert is None else expert.to(x.device),
-            eps=self.router.eps,
+            x, self.router.weights, self.config.strategy, **images, eps=self.router.eps
         )
 
     def expert_segment(self, x: Tensor, routing: Routing, *args: Any, **kwargs: Any) -> Tensor:
@@ -255,8 +250,22 @@ class FusedMixpertTower(PreTrainedModel):
             return self._segment_by_expert(x, routing, args)
         return self._segment(x, routing, args, kwargs)
 
-    def _segment(self, x: Tensor, routing: Routing, args: tuple, kwargs: dict) -> Tensor:
-        for block in self.experts:
+    def _routed_segment(
+        self, x: Tensor, image_of_tile, base_tile, expert, args: tuple, kwargs: dict
+    ) -> tuple[Tensor, Routing]:
+        """Route, and run the expert segment; on a GPU the router and the first product are one launch."""
+        if not (fuses_routing(x) and self.experts and self.experts[0].can_route(args, kwargs)):
+            routing = self.route(x, image_of_tile, base_tile, expert)
+            return self.expert_segment(x, routing, *args, **kwargs), routing
+        images = images_of(x, image_of_tile, base_tile, expert)
+        router = (self.router.weights, self.config.strategy)
+        x, routing = self.experts[0].run_routed(x, *router, **images, router_eps=self.router.eps)
+        return self._segment(x, routing, args, kwargs, first=1), routing
+
+    def _segment(
+        self, x: Tensor, routing: Routing, args: tuple, kwargs: dict, first: int = 0
+    ) -> Tensor:
+        for block in self.experts[first:]:
             x = block(x, routing, *args, **kwargs)
         if self.config.final_norm:
             x = self.trunk.get_submodule(self._family.final_norm)(x)
@@ -289,6 +298,14 @@ class FusedMixpertTower(PreTrainedModel):
         See ``mixpert_kernels.training.calibrate``, whose arguments these are.
         """
         return calibrate(self, loader_or_features, labels, **options)
+
+    def capture(self, batch_sizes: list[int | tuple[int, int]], **options: Any) -> CapturedTower:
+        """Record CUDA graphs for inference, one a batch size, each replayed for any routing.
+
+        Spares the host its launches, which at small batches take longer than the work. See ``CapturedTower``, whose
+        arguments these are.
+        """
+        return CapturedTower(self, batch_sizes, **options)
 
     def export_expert(self, expert: int) -> tuple[nn.Module, nn.Module | None]:
         """Return the plain transformers vision model and projector that expert ``expert`` amounts to.

@@ -32,6 +32,7 @@ def run_trunk(
         # take them beside narrow weights; a block's own forward would not.
         wide = compute_dtype(dtype)
     x, args, kwargs = _embed(family, trunk, pixels.to(wide), interpolate)
+    x = x.contiguous()  # SigLIP's is a transposed view, which each reader would copy
     single = Routing.single(x.shape[0], x.device)
     for block, plan in zip(blocks, plans, strict=True):
         if plan is not None and plan.serves(block, args, kwargs):

@@ -26,12 +26,13 @@ class MlpPlan:
         if plan is None or len(list(block.children())) != 3:
             return None
         paths = (plan.first, plan.activation, plan.second)
-        fits = all(exists(block, path) for path in paths) and plan.serves(block)
-        return plan if fits and activation_name(get(block, plan.activation)) is not None else None
+        return plan if all(exists(block, path) for path in paths) and plan.serves(block) else None
 
     def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
         """Whether the plan computes what the block's own forward would, for this call."""
         if args or kwargs or any(is_hooked(module) for module in block.modules()):
+            return False
+        if activation_name(get(block, self.activation)) is None:  # it may have been replaced since
             return False
         return all(is_plain(leaf) for leaf in (get(block, self.first), get(block, self.second)))
 

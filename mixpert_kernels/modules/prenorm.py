@@ -73,14 +73,16 @@ class PreNormPlan:
     def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
         """Whether the plan computes what the block's own forward would, for this call.
 
-        Not when a leaf was replaced or any module hooked since (LoRA, offloading), with an attention mask or any other
-        argument that is not None, nor when dropout or stochastic depth is at work.
+        Not when a leaf or the activation was replaced or any module hooked since (LoRA, offloading), with an attention
+        mask or any other argument that is not None, nor when dropout or stochastic depth is at work.
         """
         if any(a is not None for a in (*args, *(kwargs or {}).values())):
             return False
         if any(is_hooked(module) for module in block.modules()):
             return False
         if not all(is_plain(leaf) for leaf in self._leaves(block)):
+            return False
+        if activation_name(get(block, self.activation)) is None:
             return False
         return not (block.training and _drops(block))
 
