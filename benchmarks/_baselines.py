@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _harness import DEVICE, DTYPE, Unavailable
+from _harness import DEVICE, DTYPE, Output, Unavailable
 from _models import NUM_EXPERTS, PlainTower
 from torch import Tensor, nn
 
@@ -193,6 +193,32 @@ def grouped_mm_reason() -> str | None:
     except (Unavailable, RuntimeError, NotImplementedError) as reason:
         return str(reason).splitlines()[0]
     return None
+
+
+def dense_gemm(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
+    """One library GEMM with as many rows as all tiles have, and nothing else: what a GPU's grouped GEMM aims at.
+
+    On a CPU it would tell no more than the plain GEMM that runs in every scenario.
+    """
+    if DEVICE.type != "cuda":
+        raise Unavailable("for a GPU")
+    rows = x.flatten(0, 1)
+    return lambda: (rows @ weight.T).view(*x.shape[:2], -1)
+
+
+def captured(call: Callable[[], Output]) -> Callable[[], Output]:
+    """The call as a CUDA graph: all its launches for the price of one."""
+    if DEVICE.type != "cuda":
+        raise Unavailable("needs a CUDA device")
+    from mixpert_kernels.hf.cuda_graph import CudaRecorder
+
+    outputs, replay = CudaRecorder(DEVICE).record(call)
+
+    def run() -> Output:
+        replay()
+        return outputs
+
+    return run
 
 
 def compiled(function: Callable, *args: object, freeze: bool = False) -> Callable:

@@ -24,7 +24,9 @@ from mixpert_kernels.backends import BACKENDS, why_not
 GEOMETRY = {"ci": TINY, "default": BASE, "full": SO400M}[SIZE]
 DENSE_EXPERT = 1
 OURS = tuple(f"ours_{backend}" for backend in BACKENDS)
-OTHERS = ("dense", "naive_loop", "sorted_loop", "grouped_mm", "gathered_bmm", "all_experts")
+OTHERS = (
+    "dense", "dense_gemm", "naive_loop", "sorted_loop", "grouped_mm", "gathered_bmm", "all_experts",
+)  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -87,6 +89,10 @@ class Case:
             self.experts, expert, *(t.to(torch.float32) for t in self.inputs)
         )
 
+    def gemm_truth(self) -> Tensor:
+        x, weight = (t.to(torch.float32) for t in (self.inputs[0], self.weight[DENSE_EXPERT]))
+        return F.linear(x, weight)
+
     @property
     def experts(self) -> list[Callable[..., Tensor]]:
         return [functools.partial(self.expert_on, e) for e in range(NUM_EXPERTS)]
@@ -108,6 +114,9 @@ class Case:
 
     def dense(self) -> Callable[[], Tensor]:
         return lambda: self.expert_on(DENSE_EXPERT, *self.inputs)
+
+    def dense_gemm(self) -> Callable[[], Tensor]:
+        return baselines.dense_gemm(self.inputs[0], self.weight[DENSE_EXPERT])
 
     def naive_loop(self) -> Callable[[], Tensor]:
         return lambda: baselines.per_group(self.experts, self.expert, *self.inputs)
@@ -143,12 +152,8 @@ def scenario(name: str, batch: int, kind: str) -> Scenario:
     case = Case(LAYERS[name], batch, kind)
     single = torch.full_like(case.expert, DENSE_EXPERT)
     ours = [Variant(f"ours_{b}", functools.partial(case.ours, b)) for b in BACKENDS]
-    others = [
-        Variant(
-            v, getattr(case, v), functools.partial(case.truth, single) if v == "dense" else None
-        )
-        for v in OTHERS
-    ]
+    truths = {"dense": functools.partial(case.truth, single), "dense_gemm": case.gemm_truth}
+    others = [Variant(v, getattr(case, v), truths.get(v)) for v in OTHERS]
     layer = case.layer
     return Scenario(
         name=f"grouped_linear {name} ({layer.depth} to {layer.width}), B={batch}, {kind}",

@@ -20,7 +20,8 @@ GEOMETRY = {"ci": TINY, "default": BASE, "full": SO400M}[SIZE]
 BATCHES = {"ci": (4,), "default": (8,), "full": (1, 8, 32)}[SIZE]
 STRATEGY = ops.Strategy("score_difference", delta=0.1)
 EPS = 1e-5
-OURS = tuple(f"ours_{backend}" for backend in BACKENDS)
+OURS = (*(f"ours_{backend}" for backend in BACKENDS), "ours_captured")
+OTHERS = ("eager", "eager_captured", "compiled_eager")
 Decision = tuple[Tensor, Tensor, Tensor, Tensor]  # expert, order, offsets, scores
 
 
@@ -63,7 +64,9 @@ def scenario(batch: int) -> Scenario:
         base="eager",
         variants=(
             *(Variant(f"ours_{b}", functools.partial(ours, b)) for b in BACKENDS),
+            Variant("ours_captured", lambda: baselines.captured(ours("triton"))),
             Variant("eager", lambda: lambda: eager(x, weights)),
+            Variant("eager_captured", lambda: baselines.captured(lambda: eager(x, weights))),
             Variant(
                 "compiled_eager",
                 lambda: functools.partial(baselines.compiled(eager, x, weights), x, weights),
@@ -74,7 +77,7 @@ def scenario(batch: int) -> Scenario:
     )
 
 
-@pytest.mark.parametrize("variant", [*OURS, "eager", "compiled_eager"])
+@pytest.mark.parametrize("variant", [*OURS, *OTHERS])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_route(record: Callable[..., None], batch: int, variant: str) -> None:
     record(scenario, batch, variant=variant)

@@ -2,7 +2,7 @@
 
 `dense` is the plain transformers encoder and projector with one expert, no post-norm and no pooling
 head. The two `torch.compile` variants are of that dense tower; the frozen one may reorder weights
-beforehand, as our CPU backend does.
+beforehand, as our CPU backend does. The captured variants replay CUDA graphs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import _baselines as baselines
 import pytest
 import torch
-from _harness import DEVICE, DTYPE, SIZE, Scenario, Variant
+from _harness import DEVICE, DTYPE, SIZE, Scenario, Unavailable, Variant
 from _models import BASE, SO400M, TINY, Geometry, PlainTower, in_float32, route_of, towers
 from torch import Tensor
 
@@ -45,6 +45,17 @@ def ours(s: Setup, pixels: Tensor, expert: Tensor) -> Callable[[], Tensor]:
     return lambda: s.ours(pixels, expert=expert, output_router=True).last_hidden_state
 
 
+def ours_captured(s: Setup, pixels: Tensor, expert: Tensor) -> Callable[[], Tensor]:
+    if DEVICE.type != "cuda":
+        raise Unavailable("needs a CUDA device")
+    fast = s.ours.capture([len(pixels)], forced=True)
+    return lambda: fast(pixels, expert=expert, copy=False).last_hidden_state
+
+
+def dense_captured(s: Setup, pixels: Tensor, expert: Tensor) -> Callable[[], Tensor]:
+    return baselines.captured(dense(s, pixels, expert))
+
+
 def dense(s: Setup, pixels: Tensor, expert: Tensor) -> Callable[[], Tensor]:
     return lambda: s.plain[DENSE_EXPERT](pixels)
 
@@ -66,8 +77,8 @@ def all_experts(s: Setup, pixels: Tensor, expert: Tensor) -> Callable[[], Tensor
     return lambda: baselines.all_experts(segments, expert, s.plain[0].trunk_features(pixels))
 
 
-VARIANTS = (ours, dense, compiled_dense, compiled_frozen_dense, naive_loop, all_experts)
-OF_ONE_EXPERT = (dense, compiled_dense, compiled_frozen_dense)
+OF_ONE_EXPERT = (dense, dense_captured, compiled_dense, compiled_frozen_dense)
+VARIANTS = (ours, ours_captured, *OF_ONE_EXPERT, naive_loop, all_experts)
 
 
 def scenario(geometry: Geometry, batch: int, kind: str) -> Scenario:

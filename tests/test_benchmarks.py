@@ -60,6 +60,32 @@ def test_baseline_gives_each_image_its_expert(name: str, expert: list[int], plai
     assert harness.error_of(got, other) > 0.1
 
 
+def test_rows_for_a_gpu_say_so_on_a_cpu() -> None:
+    for build in (lambda: baselines.captured(int), lambda: baselines.dense_gemm(None, None)):
+        with pytest.raises(harness.Unavailable, match=r"GPU|CUDA device"):
+            build()
+
+
+def test_rows_for_a_gpu_compute_what_they_are_said_to(monkeypatch) -> None:
+    monkeypatch.setattr(baselines, "DEVICE", torch.device("cuda"))
+
+    class Recorder:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+
+        def record(self, run):
+            y = run()
+            return y, lambda: y.copy_(run())
+
+    monkeypatch.setattr("mixpert_kernels.hf.cuda_graph.CudaRecorder", Recorder)
+    x, weight = torch.randn(3, 5, 8), torch.randn(6, 8)
+    gemm = baselines.dense_gemm(x, weight)
+    torch.testing.assert_close(gemm(), torch.nn.functional.linear(x, weight))
+    replay = baselines.captured(gemm)
+    x.mul_(2)
+    torch.testing.assert_close(replay(), torch.nn.functional.linear(x, weight))
+
+
 @torch.no_grad()
 def test_plain_tower_is_the_transformers_model() -> None:
     model, projector = models.vision_model(models.TINY), models.projector(models.TINY)
