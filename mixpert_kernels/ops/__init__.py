@@ -4,12 +4,15 @@ from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
 from .grouped_mlp import grouped_mlp
 from .route import RouterWeights, Strategy, route
+from .route_grouped_linear import RoutedLinear, route_grouped_linear
 
 __all__ = [
+    "RoutedLinear",
     "RouterWeights",
     "Strategy",
     "grouped_layer_norm",
     "grouped_linear",
     "grouped_mlp",
     "route",
+    "route_grouped_linear",
 ]

@@ -101,6 +101,18 @@ def grouped_linear(
 
 def _check(x, weights, biases, routing, activation, residual, scale) -> None:
     op = "grouped_linear"
+    experts, width = check_weights(op, x, weights, biases, activation)
+    if residual is not None:
+        require_shape(op, "residual", residual, *x.shape[:2], width)
+        require_like(op, "residual", residual, x)
+    if scale is not None:
+        require_shape(op, "scale", scale, experts, width)
+        require_parameter(op, "scale", scale, x)
+    require_routing(op, routing, x, experts)
+
+
+def check_weights(op, x, weights, biases, activation) -> tuple[int, int]:
+    """Check all but routing, residual and scale; return E and N."""
     require(activation in ACTIVATIONS, op, "activation", f"be one of {ACTIVATIONS}", activation)
     require(len(weights) > 0, op, "weight", "hold at least one tensor", "an empty sequence")
     require_shape(op, "weight", weights[0], "E", "N", "K")
@@ -114,14 +126,7 @@ def _check(x, weights, biases, routing, activation, residual, scale) -> None:
     for w, b in zip(weights, biases, strict=False):
         require_shape(op, "bias", b, experts, w.shape[1])
         require_parameter(op, "bias", b, x)
-    width = sum(w.shape[1] for w in weights)
-    if residual is not None:
-        require_shape(op, "residual", residual, *x.shape[:2], width)
-        require_like(op, "residual", residual, x)
-    if scale is not None:
-        require_shape(op, "scale", scale, experts, width)
-        require_parameter(op, "scale", scale, x)
-    require_routing(op, routing, x, experts)
+    return experts, sum(w.shape[1] for w in weights)
 
 
 def _run(x, weights, biases, expert, order, offsets, activation, residual, scale, keep, backend):

@@ -107,7 +107,7 @@ def route(
     """
     require(isinstance(strategy, Strategy), "route", "strategy", "be a Strategy", strategy)
     require(eps >= 0, "route", "eps", "be at least 0", eps)
-    _check(x, weights, image_of_tile, base_tile, expert)
+    check_router(x, weights, image_of_tile, base_tile, expert)
     scores, _, *routing = torch.ops.mixpert.route(
         x,
         image_of_tile,
@@ -123,7 +123,7 @@ def route(
     return Routing(*routing, scores)
 
 
-def _check(x, weights, image_of_tile, base_tile, expert) -> None:
+def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
     require_floating("route", "x", x)
     norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias = weights
     for name, tensor in weights._asdict().items():

@@ -5,6 +5,7 @@ Importing this package does not import triton: asking ``why_not`` of a machine w
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
@@ -33,4 +34,4 @@ def _why_not_interpreted(dtype: torch.dtype) -> str | None:
         return "needs a CUDA tensor, got cpu (TRITON_INTERPRET=1 runs it on the CPU)"
     if dtype == torch.bfloat16:
         return "the interpreter's bfloat16 products are wrong; float32 and float16 run on the CPU"
-    return None
+    return importlib.import_module(f"{__name__}._probe").why_not_interpreted()
