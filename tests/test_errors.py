@@ -123,10 +123,32 @@ ROUTE = {
     "eps must be at least 0, got -1.0": {"eps": -1.0},
 }
 
+ROUTE_LINEAR = {
+    "router must be a RouterWeights, got Tensor": {"router": X},
+    "router must score the weight's 2 experts, got 3": {
+        "router": LINEAR_ROUTER._replace(weight=torch.zeros(3, 4), bias=torch.zeros(3))
+    },
+    "router_eps must be at least 0, got -1.0": {"router_eps": -1.0},
+    "strategy must be a Strategy, got direct": {"strategy": "direct"},
+    "x must have shape (B, T, 5), got (2, 3, 4)": {"weight": torch.zeros(2, 5, 5)},
+    "norm_weight must have shape (2, 4), got (2, 3)": {"norm_weight": torch.zeros(2, 3)},
+    "norm_weight must have the dtype of x, torch.float32, got torch.float64": {
+        "norm_weight": GAIN.double()
+    },
+    "norm_bias must have shape (2, 4), got (4,)": {"norm_bias": GAIN[0]},
+    "norm_eps must be at least 0, got nan": {"norm_eps": NAN},
+    "weight must hold at least one tensor, got an empty sequence": {"weight": []},
+    "weight must be a tensor, got NoneType": {"weight": None},
+    "bias must match weight in number, got 2": {"bias": [BIAS, BIAS]},
+    f"activation must be one of {ACTIVATIONS}, got silu": {"activation": "silu"},
+}
+
 GOOD = {
     "grouped_linear": {"x": X, "weight": W, "bias": BIAS, "routing": ROUTING},
     "grouped_layer_norm": {"x": X, "weight": GAIN, "bias": None, "routing": ROUTING},
     "route": {"x": X, "weights": LINEAR_ROUTER, "strategy": Strategy()},
+    "route_grouped_linear": {"x": X, "router": LINEAR_ROUTER, "strategy": Strategy()}
+    | {"norm_weight": GAIN, "norm_bias": None, "weight": W, "bias": BIAS},
 }
 CASES = {
     f"{op}: {message}": changed
@@ -134,6 +156,7 @@ CASES = {
         ("grouped_linear", LINEAR),
         ("grouped_layer_norm", LAYER_NORM),
         ("route", ROUTE),
+        ("route_grouped_linear", ROUTE_LINEAR),
     )
     for message, changed in table.items()
 }

@@ -285,29 +285,29 @@ def test_perturbing_one_tile_or_one_expert_touches_no_other_tile(activation, bac
     assert torch.equal(moved[3], after[3])
 
 
-@pytest.mark.parametrize("needs_gradient", [False, True])
+@pytest.mark.parametrize("widths", [(4, 3, 6), (4, 4, 4)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_sequence_of_weights_equals_as_many_calls(backend, biased, needs_gradient):
-    p = problem(5, 8, 4, [1, 0, 1], 2, dtype=torch.float32)
+def test_a_sequence_of_weights_equals_as_many_calls(backend, biased, widths):
     generator = torch.Generator().manual_seed(2)
-    weights = [torch.randn(2, n, 8, generator=generator) for n in (4, 3, 6)]
-    biases = [torch.randn(2, n, generator=generator) for n in (4, 3, 6)] if biased else None
+    x = torch.randn(3, 5, 8, generator=generator).requires_grad_()
+    weights = [torch.randn(2, n, 8, generator=generator).requires_grad_() for n in widths]
+    biases = [torch.randn(2, n, generator=generator) for n in widths] if biased else None
     routing = Routing.forced(torch.tensor([1, 0, 1]), 2)
-    weights = [w.requires_grad_(needs_gradient) for w in weights]
-    y = grouped_linear(p["x"], weights, biases, routing, backend=backend)
+    y = grouped_linear(x, weights, biases, routing, backend=backend)
     one_by_one = [
-        grouped_linear(p["x"], w, biases and biases[i], routing, backend=backend)
+        grouped_linear(x, w, biases and biases[i], routing, backend=backend)
         for i, w in enumerate(weights)
     ]
     torch.testing.assert_close(y, torch.cat(one_by_one, -1), rtol=1e-6, atol=1e-5)
-    if not needs_gradient:
-        return
-    dy = torch.randn(3, 5, 13, generator=generator)
-    together = torch.autograd.grad(y, weights, dy)
-    apart = torch.autograd.grad(one_by_one, weights, dy.split([4, 3, 6], -1))
+    with torch.no_grad():
+        inference = grouped_linear(x, weights, biases, routing, backend=backend)
+    torch.testing.assert_close(y, inference, rtol=1e-6, atol=1e-5)
+    dy = torch.randn(y.shape, generator=generator)
+    together = torch.autograd.grad(y, [x, *weights], dy)
+    apart = torch.autograd.grad(one_by_one, [x, *weights], dy.split(widths, -1))
     for got, wanted in zip(together, apart, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,4 +1,4 @@
-"""The Triton grouped_layer_norm, interpreted: widths, bits, launches, addresses. tests/compiled has more of the first two."""
+"""The Triton grouped_layer_norm, interpreted: widths, bits, launches, addresses. More of it is in tests/compiled."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "tokens, width",
-    [(65, 1), (35, 9), (37, 72), (2, 1001), (3, 1152), (1, 4304), (1, 8193)],
+    [(65, 1), (35, 9), (37, 72), (2, 1001), (3, 1152), (1, 4304)],
 )
 def test_widths(tokens, width, dtype):
     x, weight, bias, dy = problem(tokens, width, dtype, centre=3.0)

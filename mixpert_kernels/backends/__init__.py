@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 
 # In order of preference. `cpu` ran the expert segment of the reference geometry in less time than the plain
-# transformers layers (README, benchmarks/bench_expert_segment.py). `triton` has not been measured on a GPU yet: it comes
-# before `reference` for the launches it saves, which docs/kernels.md counts. `reference` runs anywhere.
+# transformers layers (README, benchmarks/bench_expert_segment.py). `triton` has not been measured on a GPU yet: it
+# comes before `reference` for the launches it saves (docs/kernels.md). `reference` runs anywhere.
 BACKENDS = ("cpu", "triton", "reference")
 
 

@@ -50,12 +50,12 @@ class LayerNormBlock:
 LAYER_NORM = (
     LayerNormRow(2048, 1, 4),  # 768, 1024, 1152: a warp a row, so that no sum leaves the warp
     LayerNormRow(8192, 4, 4),  # 4304: 64 values a thread at most, through shared memory once a sum
-    LayerNormRow(2**31, 8, 8),  # any; spills from about 32768 on
+    LayerNormRow(2**31, 8, 8),  # any; compiled without spills up to 16384
 )
 LAYER_NORM_BACKWARD = (
-    LayerNormRow(2048, 2, 4),  # x, dy and two sums live at once: at most 32 columns a thread
-    LayerNormRow(4096, 4, 4),
-    LayerNormRow(2**31, 8, 8),
+    LayerNormRow(1024, 2, 4),  # x, dy and two sums live at once: at most 16 columns a thread
+    LayerNormRow(4096, 4, 4),  # 1152, which with two warps a row spills in float32 on sm_120
+    LayerNormRow(2**31, 8, 8),  # without spills up to 8192; wider rows spill, and are right
 )
 LAYER_NORM_TOKENS = 32  # a program of the backward adds this many rows before it writes its part of dweight and dbias
 

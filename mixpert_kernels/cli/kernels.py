@@ -1,0 +1,188 @@
+"""``mixpert kernels``: what the Triton kernels take on each chip, compiled here and now; no GPU is needed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import os
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from .tables import print_table
+
+CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+COLUMNS = {
+    "kernel": "kernel",
+    "config": "config",
+    "chip": "chip",
+    "registers": "registers",
+    "stack_bytes": "stack",
+    "spill_instructions": "spills",
+    "shared_bytes": "shared",
+    "pipeline_buffers": "buffers",
+    "loop_instructions": "a k-step",
+    "blocks_per_multiprocessor": "blocks",
+    "matrix_instruction": "matrix",
+}
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the command to the parser."""
+    parser = subparsers.add_parser(
+        "kernels",
+        help="what the Triton kernels take on each chip",
+        description="Compile each Triton kernel for each chip, at the sizes of the reference model; print registers and"
+        " stack bytes a thread; spills; shared memory and pipeline buffers a program; instructions a step "
+        "of the main loop; programs a multiprocessor runs at once; the matrix instruction. Then what the "
+        "expert segment (two layers and the projector, 8 tiles, 4 experts) costs.",
+    )
+    parser.add_argument("--chip", action="append", choices=CHIPS, help="only this one; repeatable")
+    parser.add_argument(
+        "--kernel", action="append", metavar="NAME", help="only this one; repeatable"
+    )
+    parser.add_argument(
+        "--defaults", action="store_true", help="without the configs that only autotuning takes"
+    )
+    parser.add_argument(
+        "--segment", action="store_true", help="only the costs of the expert segment"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--write",
+        type=Path,
+        metavar="DOCS",
+        help="write all into kernels.json and kernels.md there",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compile in processes of their own and print."""
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("kernels: triton is not installed")
+    chips = tuple(dict.fromkeys(args.chip or CHIPS))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _prepare) as pool:
+        rows = [] if args.segment else collect(pool, chips, args.kernel, args.defaults)
+        segment = [row for part in pool.map(_segment, chips) for row in part]
+    if args.write:
+        write(args.write, rows, segment)
+    elif args.json:
+        print(json.dumps(segment if args.segment else rows, indent=1))
+    else:
+        if rows:
+            print_rows(rows)
+            print()
+        print_segment(segment)
+
+
+def write(docs: Path, rows: list[dict[str, Any]], segment: list[dict[str, Any]]) -> None:
+    """Write the rows to kernels.json and the tables into kernels.md, between its marks."""
+    lines = (json.dumps(row) for row in rows)
+    (docs / "kernels.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    page = (docs / "kernels.md").read_text(encoding="utf-8")
+    for name, text in tables(rows, segment).items():
+        before, _, rest = page.partition(f"<!-- {name} -->\n")
+        _, mark, after = rest.partition(f"<!-- end of {name} -->")
+        page = f"{before}<!-- {name} -->\n```text\n{text}```\n{mark}{after}"
+    (docs / "kernels.md").write_text(page, encoding="utf-8")
+
+
+def tables(rows: list[dict[str, Any]], segment: list[dict[str, Any]]) -> dict[str, str]:
+    """The text of the tables of kernels.md: the configs taken without autotuning, and the segment."""
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        print_rows([row for row in rows if row["default"]])
+    with contextlib.redirect_stdout(io.StringIO()) as costs:
+        print_segment(segment)
+    return {"kernels": shown.getvalue(), "segment": costs.getvalue()}
+
+
+def collect(
+    pool: ProcessPoolExecutor, chips: tuple[str, ...], kernels: list[str] | None, defaults: bool
+) -> list[dict[str, Any]]:
+    """A row for each kernel, config and chip.
+
+    Raises:
+        ValueError: a kernel has no such name.
+    """
+    from tqdm import tqdm
+
+    names = dict(zip(chips, pool.map(_names, chips, [defaults] * len(chips)), strict=True))
+    known = {name for listed in names.values() for name in listed}
+    for kernel in kernels or []:
+        if kernel not in known:
+            known_names = ", ".join(sorted(known))
+            raise ValueError(f"kernels: kernel must be one of {known_names}, got {kernel}")
+    tasks = [
+        pool.submit(_row, chip, index, defaults)
+        for chip, listed in names.items()
+        for index, name in enumerate(listed)
+        if not kernels or name in kernels
+    ]
+    return [task.result() for task in tqdm(tasks, desc="compiling", leave=False, delay=1)]
+
+
+def _prepare() -> None:
+    os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel is defined, so before any is
+    os.environ["OMP_NUM_THREADS"] = "1"
+    warnings.simplefilter("ignore")
+
+
+@functools.cache
+def _launches(chip: str, defaults: bool) -> list[Any]:
+    from mixpert_kernels.backends.triton import _catalogue
+
+    return _catalogue.launches(_catalogue.CHIPS[chip], every_config=not defaults)
+
+
+def _names(chip: str, defaults: bool) -> list[str]:
+    return [launch.kernel_name for launch in _launches(chip, defaults)]
+
+
+def _row(chip: str, index: int, defaults: bool) -> dict[str, Any]:
+    from mixpert_kernels.backends.triton import _catalogue, _costs
+
+    return _costs.row(_launches(chip, defaults)[index], _catalogue.CHIPS[chip])
+
+
+def _segment(chip: str) -> list[dict[str, Any]]:
+    from mixpert_kernels.backends.triton import _catalogue, _costs
+
+    return _costs.segment_costs(_catalogue.CHIPS[chip])
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print a row for each kernel, config and chip."""
+    table = [list(COLUMNS.values())]
+    table += [["-" if row[key] is None else str(row[key]) for key in COLUMNS] for row in rows]
+    print_table(table)
+
+
+def print_segment(segment: list[dict[str, Any]]) -> None:
+    """Print the sum for each chip, then the first chip's launches."""
+    table = [["expert segment", "launches", "GFLOP", "issued", "MB needed", "asked"]]
+    for chip in dict.fromkeys(row["chip"] for row in segment):
+        launches = [row for row in segment if row["chip"] == chip]
+        table.append([chip, f"{len(launches)} + 2 attention", *_shares(launches)])
+    for row in segment:
+        if row["chip"] == segment[0]["chip"]:
+            table.append([f"  {row['call']}", row["kernel"], *_shares([row])])
+    print_table(table)
+
+
+def _shares(launches: list[dict[str, Any]]) -> list[str]:
+    """Useful FLOPs and needed bytes, and how many times as much is issued and asked for."""
+    cells = []
+    for useful, spent, unit in (
+        ("useful_flops", "issued_flops", 1e9),
+        ("needed_bytes", "asked_bytes", 1e6),
+    ):
+        first, second = (sum(row[key] for row in launches) for key in (useful, spent))
+        cells += [f"{first / unit:.1f}", f"{second / first:.3f}x" if first else "-"]
+    return cells
