@@ -86,10 +86,11 @@ def test_an_unknown_backend_is_named_with_the_known_ones():
 def test_auto_lists_every_backend_with_its_reason_when_none_can(monkeypatch):
     monkeypatch.setattr(reference, "why_not", lambda op, device, dtype: "is out for lunch")
     with pytest.raises(RuntimeError) as error:
-        pick("grouped_linear", "auto", device="cuda", dtype=torch.float32)
+        pick("grouped_linear", "auto", device="meta", dtype=torch.float32)
     assert str(error.value).splitlines() == [
         "grouped_linear: no backend can run this call",
-        "  cpu: needs a CPU tensor, got cuda",
+        "  cpu: needs a CPU tensor, got meta",
+        "  triton: needs a CUDA or ROCm tensor, got meta",
         "  reference: is out for lunch",
     ]
 

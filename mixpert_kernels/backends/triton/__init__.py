@@ -23,9 +23,12 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return _why_not_interpreted(dtype)
     if device.type != "cuda":
         return f"needs a CUDA or ROCm tensor, got {device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    try:
+        capability = torch.cuda.get_device_capability(device)
+    except (AssertionError, RuntimeError):  # a build without CUDA, a machine without a driver
+        return "PyTorch finds no GPU"
+    if torch.version.hip is None and capability < (8, 0):
+        return f"needs compute capability 8.0 or newer, got {capability[0]}.{capability[1]}"
     return None
 
 

@@ -59,7 +59,8 @@ GEMM_ROWS = {
     "half": (  # float16, bfloat16
         # sm_90, sm_100, sm_120 where rows are multiples of 16 bytes: TMA fills the tails, no thread computes addresses
         GemmConfig(128, 128, 64, group=8, num_warps=8, num_stages=4, tma=True),
-        # the same, for autotuning to try: the grid fills the chip once, which saves the start of each later block
+        # the same, for autotuning to try: the grid fills the chip once, which saves the start of each later block.
+        # Not on sm_100, where the loop over blocks with three weights spills.
         GemmConfig(
             128,
             128,
@@ -107,7 +108,9 @@ def gemm_rows(on: Chip, dtype: torch.dtype, describable: Callable[[], bool]) -> 
     return [
         row
         for row in GEMM_ROWS[table if on.arch else "amd"]
-        if row.shared_bytes(dtype.itemsize, on) <= on.shared_bytes and row.tma <= tma
+        if row.shared_bytes(dtype.itemsize, on) <= on.shared_bytes
+        and row.tma <= tma
+        and not (row.programs_per_multiprocessor and on.arch == 100)
     ]
 
 
