@@ -155,9 +155,17 @@ MUTANTS: list[Mutant] = [
         "dx-second-weight-dropped",
         "dX adds the first weight only",
         "_dx.py",
+        "for i in range(NUM_WEIGHTS):",
+        "for i in range(1):",
+        SEQUENCE,
+    ),
+    _mutant(
+        "dx-second-weight-dropped-tma",
+        "dX through descriptors adds the first weight only",
+        "_dx.py",
         "for i in tl.static_range(NUM_WEIGHTS):",
         "for i in tl.static_range(1):",
-        SEQUENCE,
+        "tests/test_triton_grouped_linear.py -k dx_is_as_accurate",
     ),
     _mutant(
         "dx-no-activation-gradient",
@@ -302,14 +310,6 @@ MUTANTS: list[Mutant] = [
         "rank = tl.cumsum(mine, axis=0) - 1",
         "rank = tl.cumsum(mine, axis=0)",
         SORT,
-    ),
-    _mutant(
-        "route-barrier-dropped",
-        "an image's partial sums are released by one warp for all",
-        "route.py",
-        "    tl.debug_barrier()\n    if tl.atomic_add(counters_ptr + image, 1",
-        "    if tl.atomic_add(counters_ptr + image, 1",
-        "tests/compiled/test_route.py -k 'barrier or schedule'",
     ),
     _mutant(
         "tickets-rows-not-waited-for",
