@@ -48,20 +48,20 @@ def _mutant(name: str, what: str, file: str, old: str, new: str, tests: str) -> 
 
 MUTANTS: list[Mutant] = [
     _mutant(
-        "gemm-k-mask-off-by-one",
-        "the last step of K reads one feature past the depth",
-        "_gemm.py",
-        "mask=in_rows & (k[None, :] < depth - start)",
-        "mask=in_rows & (k[None, :] <= depth - start)",
-        "tests/compiled/test_grouped_linear.py -k 'rows_off or odd_sizes'",
-    ),
-    _mutant(
         "gemm-k-tail-dropped",
         "a last step of K that is not full is left out",
         "_gemm.py",
         "    for start in range(0, depth, BLOCK_K):\n        if EVEN_K:",
         "    for start in range(0, depth - BLOCK_K + 1, BLOCK_K):\n        if EVEN_K:",
         LINEAR,
+    ),
+    _mutant(
+        "gemm-k-mask-off-by-one",
+        "the last step of K reads one feature past the depth",
+        "_gemm.py",
+        "mask=in_rows & (k[None, :] < depth - start)",
+        "mask=in_rows & (k[None, :] <= depth - start)",
+        "tests/compiled/test_grouped_linear.py -k 'rows_off or odd_sizes'",
     ),
     _mutant(
         "gemm-wrong-weight-stride",
