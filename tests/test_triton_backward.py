@@ -16,7 +16,7 @@ from mixpert_kernels import Routing  # noqa: E402
 from mixpert_kernels.backends import why_not  # noqa: E402
 from mixpert_kernels.backends.reference import grouped_linear as definition  # noqa: E402
 from mixpert_kernels.backends.triton import _configs, _launch, grouped_linear  # noqa: E402
-from mixpert_kernels.backends.triton._reduce import activation_backward, sum_by_expert  # noqa: E402
+from mixpert_kernels.backends.triton._reduce import backward_parts, sum_by_expert  # noqa: E402
 from mixpert_kernels.backends.triton.grouped_outer import grouped_outer  # noqa: E402
 from mixpert_kernels.testing import assert_as_accurate  # noqa: E402
 
@@ -81,6 +81,14 @@ def outer(dz, x, widths, expert=EXPERT, dtype=None, **out):
 def by_expert(parts, expert=EXPERT, dtype=torch.float32):
     routing = Routing.forced(expert.to(DEVICE), EXPERTS)
     return sum_by_expert(parts, routing.order, routing.offsets, EXPERTS, dtype)
+
+
+def activation_backward(dy, *rest):
+    """dz, the parts of the sum for bias and those of the sum for scale."""
+    (dz, parts), width = backward_parts(dy, *rest), dy.shape[2]
+    needs_bias, needs_scale = rest[-2:]
+    dbias = parts[..., :width] if needs_bias else None
+    return dz, dbias, parts[..., -width:] if needs_scale else None
 
 
 def plain_outer(dz, x, widths, dtype):

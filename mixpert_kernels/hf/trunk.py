@@ -22,18 +22,16 @@ def run_trunk(
 ) -> Call:
     """Return x (B, T, D) in the dtype of ``trunk``, and what its blocks take besides."""
     blocks = trunk.get_submodule(family.blocks)
-    dtype = trunk.dtype
-    wide = dtype
-    if trunk.device.type == "cpu" and all(
-        plan is not None and plan.serves(block, family.args)
-        for plan, block in zip(plans, blocks, strict=True)
-    ):
+    dtype = wide = trunk.dtype
+    if trunk.device.type == "cpu" and compute_dtype(dtype) != dtype:
         # A CPU without bfloat16 instructions: float32 features from pixels to the last block, converted once. Plans
         # take them beside narrow weights; a block's own forward would not.
-        wide = compute_dtype(dtype)
+        pairs = zip(plans, blocks, strict=True)
+        if all(plan is not None and plan.serves(block, family.args) for plan, block in pairs):
+            wide = compute_dtype(dtype)
     x, args, kwargs = _embed(family, trunk, pixels.to(wide), interpolate)
     x = x.contiguous()  # SigLIP's is a transposed view, which each reader would copy
-    single = Routing.single(x.shape[0], x.device)
+    single = Routing.single(x.shape[0], x.device) if any(plans) else None
     for block, plan in zip(blocks, plans, strict=True):
         if plan is not None and plan.serves(block, args, kwargs):
             x = plan.run(block, x, single)

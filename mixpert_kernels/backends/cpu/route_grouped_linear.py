@@ -1,51 +1,11 @@
-"""route_grouped_linear on a CPU: its three stages, where there is no launch to save; routing is the reference's."""
+"""route_grouped_linear on a CPU: its three ops, where there is no launch to save; routing is the reference's."""
 
-from torch import Tensor
+import functools
 
 from mixpert_kernels.backends.reference.route import route
+from mixpert_kernels.backends.reference.route_grouped_linear import three_ops
 
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
 
-
-def route_grouped_linear(
-    x: Tensor,  # (B, T, D)
-    image_of_tile: Tensor | None,  # (B,) int64
-    base_tile: Tensor | None,  # (I,) int64
-    expert: Tensor | None,  # (I,) forced
-    router_norm_weight: Tensor,  # (D,)
-    router_norm_bias: Tensor,
-    router_hidden_weight: Tensor | None,  # (h, D)
-    router_hidden_bias: Tensor | None,
-    router_weight: Tensor,  # (E, D or h)
-    router_bias: Tensor,  # (E,)
-    router_eps: float,
-    strategy: str,
-    threshold: float,
-    against: str,
-    norm_weight: Tensor,  # (E, D)
-    norm_bias: Tensor | None,
-    norm_eps: float,
-    weights: list[Tensor],  # each (E, N_i, D)
-    biases: list[Tensor],  # each (E, N_i), or empty
-    activation: str,
-) -> tuple[Tensor, ...]:  # y (B, T, N), scores (I, E), expert, order, offsets
-    scores, _, *ids = route(
-        x,
-        image_of_tile,
-        base_tile,
-        expert,
-        router_norm_weight,
-        router_norm_bias,
-        router_hidden_weight,
-        router_hidden_bias,
-        router_weight,
-        router_bias,
-        router_eps,
-        strategy,
-        threshold,
-        against,
-    )
-    rows, _, _ = grouped_layer_norm(x, norm_weight, norm_bias, *ids, norm_eps)
-    y, _ = grouped_linear(rows, weights, biases, *ids, activation, None, None, False)
-    return y, scores, *ids
+route_grouped_linear = functools.partial(three_ops, route, grouped_layer_norm, grouped_linear)

@@ -1,5 +1,6 @@
 """Defines grouped_mlp: grouped_linear twice. Backward computes the activation again from the pre-activation."""
 
+import functools
 from types import ModuleType
 
 import torch
@@ -9,7 +10,8 @@ from . import grouped_linear as linear
 from .activations import activate
 
 
-def grouped_mlp(
+def two_layers(
+    linear: ModuleType,  # a backend's grouped_linear
     x: Tensor,  # (B, T, K)
     weight1: Tensor,  # (E, H, K)
     bias1: Tensor | None,  # (E, H)
@@ -22,30 +24,12 @@ def grouped_mlp(
     residual: Tensor | None,  # (B, T, N)
     scale: Tensor | None,  # (E, N)
     for_backward: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # (B, T, N); when for_backward (B, T, H) and, with a scale, (B, T, N)
-    """Return y and what backward needs: the first layer's pre-activation, the second's output before the scale."""
-    return two_layers(
-        linear, x, weight1, bias1, weight2, bias2, (expert, order, offsets), activation, residual,
-        scale, for_backward,
-    )  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, N), (B, T, H) or empty, (B, T, N) or empty
+    """grouped_mlp by the grouped_linear of any backend.
 
-
-def two_layers(
-    linear: ModuleType,  # a backend's grouped_linear
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    bias2: Tensor | None,
-    routing: tuple[Tensor, Tensor, Tensor],
-    activation: str,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grouped_mlp by the grouped_linear of any backend."""
+    Returns y and what backward needs: the first layer's pre-activation and, with a scale, the second's output.
+    """
+    routing = (expert, order, offsets)
     h, pre1 = linear.grouped_linear(
         x, [weight1], _listed(bias1), *routing, activation, None, None, for_backward
     )
@@ -53,6 +37,9 @@ def two_layers(
         h, [weight2], _listed(bias2), *routing, "none", residual, scale, for_backward
     )
     return y, h if for_backward and activation == "none" else pre1, pre2
+
+
+grouped_mlp = functools.partial(two_layers, linear)
 
 
 def grouped_mlp_backward(

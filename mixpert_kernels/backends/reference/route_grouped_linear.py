@@ -1,5 +1,8 @@
 """Defines route_grouped_linear: route, grouped_layer_norm, grouped_linear, one after the other."""
 
+import functools
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .grouped_layer_norm import grouped_layer_norm
@@ -7,7 +10,10 @@ from .grouped_linear import grouped_linear
 from .route import route
 
 
-def route_grouped_linear(
+def three_ops(
+    route: Callable,
+    grouped_layer_norm: Callable,
+    grouped_linear: Callable,
     x: Tensor,  # (B, T, D)
     image_of_tile: Tensor | None,  # (B,) int64
     base_tile: Tensor | None,  # (I,) int64
@@ -29,6 +35,7 @@ def route_grouped_linear(
     biases: list[Tensor],  # each (E, N_i), or empty
     activation: str,
 ) -> tuple[Tensor, ...]:  # y (B, T, N), scores (I, E), expert, order, offsets
+    """route_grouped_linear by the ops of any backend."""
     scores, _, *ids = route(
         x,
         image_of_tile,
@@ -48,3 +55,6 @@ def route_grouped_linear(
     rows, _, _ = grouped_layer_norm(x, norm_weight, norm_bias, *ids, norm_eps)
     y, _ = grouped_linear(rows, weights, biases, *ids, activation, None, None, False)
     return y, scores, *ids
+
+
+route_grouped_linear = functools.partial(three_ops, route, grouped_layer_norm, grouped_linear)

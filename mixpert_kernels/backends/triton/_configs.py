@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from ._chips import AMD_SHARED_BYTES, KB, SHARED_BYTES, Chip, autotuning, chip, nvidia, tma_allowed  # noqa: F401
-from ._configs_gemm import GEMM_ROWS, GemmConfig, fastest, gemm_precision, gemm_rows  # noqa: F401
+from ._configs_gemm import (  # noqa: F401
+    GEMM_ROWS,
+    GemmConfig,
+    fastest,
+    gemm_precision,
+    gemm_rows,
+    table,
+    uses_tma,
+)
 
 # ---- grouped_layer_norm ----
 
@@ -64,8 +72,8 @@ def layer_norm(
     width: int, itemsize: int, *, backward: bool = False, num_warps: int = 0
 ) -> LayerNormBlock:
     """The block for rows of ``width`` numbers; ``num_warps`` where another kernel than the table's computes it."""
-    table = LAYER_NORM_BACKWARD if backward else LAYER_NORM
-    row = next(row for row in table if width <= row.width)
+    rows = LAYER_NORM_BACKWARD if backward else LAYER_NORM
+    row = next(row for row in rows if width <= row.width)
     numbers = vector(width, itemsize)
     lanes = min(1 << (width - 1).bit_length(), 32 * row.warps_a_row * numbers)
     warps = num_warps or row.num_warps
@@ -185,10 +193,8 @@ OUTER_ROWS = {
 
 def outer_rows(on: Chip, dtype: torch.dtype, describable: Callable[[], bool]) -> list[OuterConfig]:
     """The rows that serve a chip and a dtype, the default first; arguments as of ``gemm_rows``."""
-    exact = gemm_precision(on, dtype) != "tf32"
-    table = "half" if dtype.itemsize == 2 else "exact" if exact else "tf32"
-    tma = on.has_tma and tma_allowed() and describable()
-    return [row for row in OUTER_ROWS[table if on.arch else "amd"] if row.tma <= tma]
+    tma = uses_tma(on, describable)
+    return [row for row in OUTER_ROWS[table(on, dtype)] if row.tma <= tma]
 
 
 @dataclass(frozen=True)

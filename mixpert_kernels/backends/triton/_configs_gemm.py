@@ -94,6 +94,20 @@ def gemm_precision(on: Chip, dtype: torch.dtype) -> str:
     return "tf32x3" if on.arch else "ieee"
 
 
+def table(on: Chip, dtype: torch.dtype) -> str:
+    """Which table of a product's rows serves a chip and a dtype."""
+    if not on.arch:
+        return "amd"
+    if dtype.itemsize == 2:
+        return "half"
+    return "tf32" if gemm_precision(on, dtype) == "tf32" else "exact"
+
+
+def uses_tma(on: Chip, describable: Callable[[], bool]) -> bool:
+    """Whether rows with tensor descriptors may serve a call."""
+    return on.has_tma and tma_allowed() and describable()
+
+
 def gemm_rows(on: Chip, dtype: torch.dtype, describable: Callable[[], bool]) -> list[GemmConfig]:
     """The rows that serve a chip and a dtype, the default first.
 
@@ -102,12 +116,10 @@ def gemm_rows(on: Chip, dtype: torch.dtype, describable: Callable[[], bool]) -> 
         dtype: of the features.
         describable: tells whether tensor descriptors can describe the operands; asked where the chip has them.
     """
-    exact = gemm_precision(on, dtype) != "tf32"
-    table = "half" if dtype.itemsize == 2 else "exact" if exact else "tf32"
-    tma = on.has_tma and tma_allowed() and describable()
+    tma = uses_tma(on, describable)
     return [
         row
-        for row in GEMM_ROWS[table if on.arch else "amd"]
+        for row in GEMM_ROWS[table(on, dtype)]
         if row.shared_bytes(dtype.itemsize, on) <= on.shared_bytes
         and row.tma <= tma
         and not (row.programs_per_multiprocessor and on.arch == 100)

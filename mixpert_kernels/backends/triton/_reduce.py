@@ -125,25 +125,6 @@ def _sum_by_expert_kernel(
     tl.store(out_ptr + e.to(tl.int64) * width + c, total, mask=c < width)
 
 
-def activation_backward(
-    dy: Tensor,  # (B, T, N)
-    pre: Tensor | None,  # (B, T, N); read where there is an activation, or for scale
-    scale: Tensor | None,  # (E, N)
-    expert: Tensor,  # (B,) int32
-    activation: str,
-    needs_bias: bool,
-    needs_scale: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # (B, T, N), (B, S, N) float32, the same
-    """dz = dy * scale * act'(pre), and what ``sum_by_expert`` makes the gradients of bias and scale of, in one launch.
-
-    dz is dy itself where there is neither an activation nor a scale.
-    """
-    dz, parts = backward_parts(dy, pre, scale, expert, activation, needs_bias, needs_scale)
-    width = dy.shape[2]
-    dbias = parts[..., :width] if needs_bias else None
-    return dz, dbias, parts[..., -width:] if needs_scale else None
-
-
 def backward_parts(
     dy: Tensor,  # (B, T, N)
     pre: Tensor | None,  # (B, T, N)
@@ -154,7 +135,11 @@ def backward_parts(
     needs_scale: bool,
     needs_dz: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # (B, T, N), (B, S, N) or (B, S, 2 N) float32
-    """The same, with the parts for bias and those for scale side by side."""
+    """dz = dy * scale * act'(pre), and the parts of the sums for bias and for scale side by side, in one launch.
+
+    dz is dy itself where there is neither an activation nor a scale. ``pre`` is read where there is an activation, or
+    for scale.
+    """
     dy = rows_dense(dy)
     unchanged = scale is None and activation == "none"
     needs_dz = needs_dz and not unchanged

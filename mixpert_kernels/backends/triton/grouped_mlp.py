@@ -1,5 +1,7 @@
 """grouped_mlp by Triton: two launches forward; backward multiplies with act' in the epilogue of a product."""
 
+import functools
+
 from torch import Tensor
 
 from mixpert_kernels.backends.reference.grouped_mlp import two_layers
@@ -9,24 +11,7 @@ from ._dx import linear_dx
 from ._reduce import backward_parts, sum_by_expert, sums_by_expert
 from .grouped_outer import grouped_outer
 
-
-def grouped_mlp(
-    x: Tensor,  # (B, T, K)
-    weight1: Tensor,  # (E, H, K)
-    bias1: Tensor | None,  # (E, H)
-    weight2: Tensor,  # (E, N, H)
-    bias2: Tensor | None,  # (E, N)
-    expert: Tensor,  # (B,) int32
-    order: Tensor,
-    offsets: Tensor,
-    activation: str,
-    residual: Tensor | None,  # (B, T, N)
-    scale: Tensor | None,  # (E, N)
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    routing = (expert, order, offsets)
-    layers = (weight1, bias1, weight2, bias2)
-    return two_layers(linear, x, *layers, routing, activation, residual, scale, for_backward)
+grouped_mlp = functools.partial(two_layers, linear)
 
 
 def grouped_mlp_backward(

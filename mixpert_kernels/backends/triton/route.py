@@ -108,10 +108,8 @@ def route(
     config = _configs.route_config(width)
     blocks = max(triton.cdiv(tokens, config.rows), 1)
     x = x if x.stride(2) == 1 else x.contiguous()
-    scores = x.new_empty(images, experts, dtype=torch.float32)
+    routed = routing_outputs(x, images, experts)
     pooled = x.new_empty(images, width, dtype=torch.float32)
-    ids, order = (x.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    offsets = x.new_empty(experts + 1, dtype=torch.int32)
     size = images * (blocks * width + hidden + experts)
     tensors = {
         "image_of_tile_ptr": image_of_tile,
@@ -125,8 +123,7 @@ def route(
         "bias_ptr": bias,
     }
     args = {name: None if t is None else t.contiguous() for name, t in tensors.items()}
-    args |= {"x_ptr": x, "scores_ptr": scores, "pooled_ptr": pooled}
-    args |= {"expert_ptr": ids, "order_ptr": order, "offsets_ptr": offsets}
+    args |= {"x_ptr": x, "pooled_ptr": pooled, **routed}
     args["workspace_ptr"] = x.new_empty(size, dtype=torch.float32)
     args["counters_ptr"] = x.new_zeros(2 * images + 1, dtype=torch.int32)
     args |= {"batch": batch, "tokens": tokens, "stride_xb": x.stride(0), "stride_xt": x.stride(1)}
@@ -134,4 +131,16 @@ def route(
     args |= {"D": width, "H": hidden, "E": experts, **powers_of_two(width, hidden, experts)}
     args |= {"ROWS": config.rows, "BLOCK_D": config.block_d}
     _launch.launch(_route_kernel, (images * blocks,), args, config)
-    return scores, pooled, ids, order, offsets
+    scores, *ids = routed.values()
+    return scores, pooled, *ids
+
+
+def routing_outputs(x: Tensor, images: int, experts: int) -> dict[str, Tensor]:
+    """What a launch that routes writes: scores (I, E), expert (B,), order (B,), offsets (E + 1,), in this order."""
+    batch = x.shape[0]
+    return {
+        "scores_ptr": x.new_empty(images, experts, dtype=torch.float32),
+        "expert_ptr": x.new_empty(batch, dtype=torch.int32),
+        "order_ptr": x.new_empty(batch, dtype=torch.int32),
+        "offsets_ptr": x.new_empty(experts + 1, dtype=torch.int32),
+    }

@@ -9,13 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.reference.route_grouped_linear import three_ops
+
 from . import _configs, _launch
 from ._gemm import alike, finish, locate, named, pick, product, rows_dense
 from ._route import partial_pool, score_image, sort_tiles
 from ._rows import aligned_rows, normalise_rows, row_pointers
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
-from .route import RULES, powers_of_two, route
+from .route import RULES, powers_of_two, route, routing_outputs
 
 # About a minute. Interpreted programs run one after the other: what is not there at once never will be.
 POLLS: tl.constexpr = tl.constexpr(1 if os.environ.get("TRITON_INTERPRET") == "1" else 2**26)
@@ -243,10 +245,10 @@ def route_grouped_linear(
     weights = [rows_dense(w) for w in weights]
     config = _configs.tickets(_configs.chip(x.device), x.dtype, x.shape[2])
     if config is None or alike(weights) < len(weights):
-        scores, _, *ids = route(x, *images, *router, router_eps, strategy, threshold, against)
-        h, _, _ = grouped_layer_norm(x, norm_weight, norm_bias, *ids, norm_eps)
-        y, _ = grouped_linear(h, weights, biases, *ids, activation, None, None, False)
-        return y, scores, *ids
+        rule = (router_eps, strategy, threshold, against)
+        layer = (norm_weight, norm_bias, norm_eps, weights, biases, activation)
+        separate = (route, grouped_layer_norm, grouped_linear)
+        return three_ops(*separate, x, *images, *router, *rule, *layer)
     given = zip(GIVEN, (*images, *router, norm_weight, norm_bias), strict=True)
     args = {name: None if t is None else t.contiguous() for name, t in given}
     args |= {**named("w{}", weights), **named("b{}_ptr", [b.contiguous() for b in biases])}
@@ -267,13 +269,10 @@ def _launch_tickets(
     row_blocks = batch * triton.cdiv(tokens, config.gemm.block_m)
     column_blocks = num_weights * triton.cdiv(columns, config.gemm.block_n)
     y = x.new_empty(batch, tokens, num_weights * columns)
-    scores = x.new_empty(images, experts, dtype=torch.float32)
-    expert, order = (x.new_empty(batch, dtype=torch.int32) for _ in range(2))
-    offsets = x.new_empty(experts + 1, dtype=torch.int32)
+    routed = routing_outputs(x, images, experts)
     floats = pools * width + images * (width + hidden + experts)
     chip = _configs.chip(x.device)
-    args |= {"x_ptr": x, "y_ptr": y, "scores_ptr": scores, "h_ptr": x.new_empty(x.shape)}
-    args |= {"expert_ptr": expert, "order_ptr": order, "offsets_ptr": offsets}
+    args |= {"x_ptr": x, "y_ptr": y, "h_ptr": x.new_empty(x.shape), **routed}
     args["workspace_ptr"] = x.new_empty(floats, dtype=torch.float32)
     args["counters_ptr"] = x.new_zeros(2 + 2 * images + row_blocks, dtype=torch.int32)
     args |= {"batch": batch, "images": images, "tokens": tokens, "columns": columns, "depth": width}
@@ -283,4 +282,4 @@ def _launch_tickets(
     args |= {"EVEN_K": width % config.gemm.block_k == 0, "TRAP": TRAPS[chip.arch > 0]}
     grid = pools + batch * triton.cdiv(tokens, config.norm_rows) + row_blocks * column_blocks
     _launch.launch(_route_grouped_linear_kernel, (grid,), args | config.constants, config)
-    return y, scores, expert, order, offsets
+    return y, *routed.values()
