@@ -100,6 +100,10 @@ class StackedWeights:
         first = towers[0].layers[0]
         self.heads, self.eps = first.self_attn.num_heads, first.layer_norm1.eps
 
+    def parameters(self) -> list[Tensor]:
+        leaves = [leaf for layer in self.layers for leaf in layer.values()] + self.projector
+        return [tensor for leaf in leaves for tensor in leaf]
+
 
 def attention(qkv: Tensor, heads: int) -> Tensor:  # (B, T, 3D) -> (B, T, D)
     b, t, _ = qkv.shape

@@ -59,6 +59,7 @@ class Variant:
     truth: Callable[[], Output] | None = (
         None  # where it computes another thing than the scenario's truth
     )
+    info: dict[str, Any] = field(default_factory=dict)  # what is known of it besides its time
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ def _check(scenario: Scenario) -> tuple[dict[str, Result], dict[str, Callable[[]
     gc.collect()
     truth = scenario.truth()
     for variant in scenario.variants:
-        result = results[variant.name] = Result()
+        result = results[variant.name] = Result(info=dict(variant.info))
         expected = variant.truth() if variant.truth else truth
         held = held_megabytes()
         try:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ON_GPU = torch.cuda.is_available()
 
@@ -34,6 +35,23 @@ def peak_megabytes(call: Callable[[], object]) -> float | None:
     before = _status_megabytes("VmRSS")
     call()
     return max(0.0, _status_megabytes("VmHWM") - before)
+
+
+def saved_megabytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> float:
+    """What autograd keeps of ``forward`` for backward, each storage once; storages of ``held`` are not counted."""
+    known = {t.untyped_storage().data_ptr() for t in held}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()  # holds what was packed: no address is given away twice
+    del y
+    return sum(kept.values()) / 1e6
 
 
 def held_megabytes() -> float | None:

@@ -80,8 +80,8 @@ def markdown(machine: dict[str, Any], rows: list[Row]) -> str:
             f"\n### {scenario}\n",
             f"{group[0].rounds} rounds; GEMM peak {peak:,.0f} GFLOP/s\n",
             f"| variant | median ms | IQR ms | ÷ {group[0].base} | {rate} | of GEMM peak "
-            "| peak MB | kept MB |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
+            "| peak MB | kept MB | saved MB |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
             *(_line(row) for row in group),
         ]
     return "\n".join(lines) + "\n"
@@ -99,6 +99,7 @@ def _line(row: Row) -> str:
         _cell(info.get("share_of_gemm_peak"), "{:.1%}"),
         _cell(info.get("peak_mb"), "{:,.1f}"),
         _cell(info.get("kept_mb"), "{:,.1f}"),
+        _cell(info.get("saved_mb"), "{:,.1f}"),
     ]
     return f"| {name} | {' | '.join(cells)} |"
 

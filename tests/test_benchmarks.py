@@ -180,7 +180,15 @@ def results(tmp_path: Path) -> Path:
 
     benchmarks = [
         entry("expert segment, B=8", "expert segment", "all_experts", 4.0, gflops=30.0),
-        entry("expert segment, B=8", "expert segment", "ours", 0.9, gflops=120.0, kept_mb=760.0),
+        entry(
+            "expert segment, B=8",
+            "expert segment",
+            "ours",
+            0.9,
+            gflops=120.0,
+            kept_mb=760.0,
+            saved_mb=3.5,
+        ),
         entry("expert segment, B=8", "expert segment", "dense", 1.0, gflops=110.0),
         entry("route (64), B=8", "route", "ours_reference", 1.5, gbytes_per_s=4.0),
         entry("route (64), B=8", "route", "something_new", 2.5, gbytes_per_s=2.0),
@@ -199,7 +207,7 @@ def test_report(results: Path, tmp_path: Path) -> None:
     lines = tables.read_text().splitlines()
     assert lines[0].startswith("a machine, threads: 2, float32, PyTorch 2.13")
     ours = next(i for i, line in enumerate(lines) if line.startswith("| **ours** |"))
-    assert lines[ours] == "| **ours** | 9.00 | 1.00 | 0.900 | 120.0 |  | 12.5 | 760.0 |"
+    assert lines[ours] == "| **ours** | 9.00 | 1.00 | 0.900 | 120.0 |  | 12.5 | 760.0 | 3.5 |"
     assert lines[ours + 1].startswith("| dense |") and "GFLOP/s" in lines[ours - 2]
     assert any(line.startswith("| something_new |") for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

@@ -244,9 +244,8 @@ class FusedMixpertTower(PreTrainedModel):
         """
         if not args and not kwargs:
             args = self._family.args
-        inference_on_cpu = x.device.type == "cpu" and not torch.is_grad_enabled()
         alike = not kwargs and all(a is None for a in args)  # nothing that belongs to a tile
-        if inference_on_cpu and alike and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and alike and not torch.compiler.is_compiling():
             return self._segment_by_expert(x, routing, args)
         return self._segment(x, routing, args, kwargs)
 
@@ -279,15 +278,14 @@ class FusedMixpertTower(PreTrainedModel):
         tiles = torch.arange(len(order), dtype=torch.int32)
         sorted_routing = Routing(routing.expert[order], tiles, routing.offsets)
         y = self._segment(x[order], sorted_routing, args, {})
-        return torch.empty_like(y).index_copy_(0, order, y)
+        return y[order.argsort()]  # keeps no copy of y for backward, as index_copy would
 
     def _check_pixels(self, pixels: Tensor, interpolate: bool) -> None:
         any_size = interpolate or self._family.any_size
         check_pixels(pixels, self.config.vision_config, self.device, any_size=any_size)
 
     def _run_trunk(self, pixels: Tensor, interpolate: bool) -> Call:
-        fuse = self.config.fuse_trunk and not torch.is_grad_enabled()
-        plans = self._trunk_plans if fuse else [None] * len(self._trunk_plans)
+        plans = self._trunk_plans if self.config.fuse_trunk else [None] * len(self._trunk_plans)
         return run_trunk(self._family, self.trunk, plans, pixels, interpolate)
 
     def calibrate(

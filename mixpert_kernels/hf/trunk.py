@@ -20,7 +20,16 @@ def run_trunk(
     pixels: Tensor,  # (B, C, H, W)
     interpolate: bool,
 ) -> Call:
-    """Return x (B, T, D) in the dtype of ``trunk``, and what its blocks take besides."""
+    """Return x (B, T, D) in the dtype of ``trunk``, and what its blocks take besides.
+
+    A frozen trunk keeps nothing for backward, and runs by its plans in training too.
+    """
+    if torch.is_grad_enabled():
+        if pixels.requires_grad or any(p.requires_grad for p in trunk.parameters()):
+            plans = [None] * len(plans)
+        else:
+            with torch.no_grad():
+                return run_trunk(family, trunk, plans, pixels, interpolate)
     blocks = trunk.get_submodule(family.blocks)
     dtype = wide = trunk.dtype
     if trunk.device.type == "cpu" and compute_dtype(dtype) != dtype:

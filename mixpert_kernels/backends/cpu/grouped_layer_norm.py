@@ -3,10 +3,6 @@
 import torch
 from torch import Tensor
 
-from mixpert_kernels.backends.reference.grouped_layer_norm import (
-    grouped_layer_norm_backward as grouped_layer_norm_backward,
-)
-
 from .runs import join, runs
 
 
@@ -27,3 +23,31 @@ def grouped_layer_norm(
     ]
     y, mean, rstd = (join(list(found)) for found in zip(*parts, strict=True))
     return y, mean, rstd
+
+
+def grouped_layer_norm_backward(
+    dy: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    expert: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
+    dweight = torch.zeros_like(weight)
+    dbias = weight.new_empty(0) if bias is None else torch.zeros_like(bias)
+    dxs = []
+    for e, first, last in runs(expert):
+        part = slice(first, last)
+        dx, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
+            *(dy[part], x[part], x.shape[-1:], mean[part], rstd[part], weight[e]),
+            None if bias is None else bias[e],
+            [True, True, bias is not None],
+        )
+        dxs.append(dx)
+        dweight[e] += dgain
+        if bias is not None:
+            dbias[e] += dshift
+    return join(dxs), dweight, dbias

@@ -13,10 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixpert_kernels.backends.reference.activations import activate
-from mixpert_kernels.backends.reference.grouped_linear import (
-    grouped_linear_backward as grouped_linear_backward,
-)
+from mixpert_kernels.backends.reference.activations import activate, activate_backward
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
 
 from .native import compute_dtype
@@ -94,3 +91,47 @@ def _fused(x, weights, biases, scale, e, activation, residual) -> Tensor:
     if residual is not None:
         y = y + residual
     return y.to(x.dtype)
+
+
+def grouped_linear_backward(
+    dy: Tensor,  # (B, T, N)
+    x: Tensor,  # (B, T, K)
+    weights: list[Tensor],
+    biases: list[Tensor],
+    pre: Tensor,  # (B, T, N) or empty
+    expert: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    activation: str,
+    scale: Tensor | None,
+    needs: list[bool],  # of x, weights, biases, scale
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:
+    """Two products for each run and weight, each added where it belongs: no sum passes over memory a second time."""
+    needs_x, needs_weight, needs_bias, needs_scale = needs
+    none = dy.new_empty(0)
+    dscale = torch.zeros_like(scale) if needs_scale else none
+    if needs_scale:
+        _add_sums(dscale, dy * activate(activation, pre), expert)
+    dz = dy if scale is None else dy * scale[expert][:, None].to(dy.dtype)
+    dz = activate_backward(activation, dz, pre)
+    parts = dz.split([w.shape[1] for w in weights], -1)
+    dx = torch.empty_like(x) if needs_x else none  # every tile is in a run
+    dweights = [torch.zeros_like(w) for w in weights] if needs_weight else []
+    dbiases = [torch.zeros_like(b) for b in biases] if needs_bias else []
+    for e, first, last in runs(expert):
+        rows = x[first:last].flatten(0, 1)
+        for i, part in enumerate(parts):
+            d = part[first:last].flatten(0, 1)  # (R, N_i)
+            if needs_x:
+                dx[first:last].view(rows.shape).addmm_(d, weights[i][e], beta=min(i, 1))
+            if needs_weight:
+                dweights[i][e].addmm_(d.T, rows)
+    for dbias, part in zip(dbiases, parts, strict=False):
+        _add_sums(dbias, part, expert)
+    return dx, dweights, dbiases, dscale
+
+
+def _add_sums(table: Tensor, rows: Tensor, expert: Tensor) -> None:
+    """Add to table (E, N) the rows (B, T, N) of each expert's tiles."""
+    for e, first, last in runs(expert):
+        table[e] += rows[first:last].sum((0, 1))

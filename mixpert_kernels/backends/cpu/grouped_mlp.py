@@ -2,11 +2,10 @@
 
 import functools
 
-from mixpert_kernels.backends.reference.grouped_mlp import (
-    grouped_mlp_backward as grouped_mlp_backward,
-)
-from mixpert_kernels.backends.reference.grouped_mlp import two_layers
+from mixpert_kernels.backends.reference.activations import activate
+from mixpert_kernels.backends.reference.grouped_mlp import two_layers, two_layers_backward
 
 from . import grouped_linear as linear
 
 grouped_mlp = functools.partial(two_layers, linear)
+grouped_mlp_backward = functools.partial(two_layers_backward, linear, activate)

@@ -1,6 +1,7 @@
 """Defines grouped_mlp: grouped_linear twice. Backward computes the activation again from the pre-activation."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -42,7 +43,9 @@ def two_layers(
 grouped_mlp = functools.partial(two_layers, linear)
 
 
-def grouped_mlp_backward(
+def two_layers_backward(
+    linear: ModuleType,
+    activated: Callable[[str, Tensor], Tensor],  # computes h of pre1 again
     dy: Tensor,  # (B, T, N)
     x: Tensor,  # (B, T, K)
     weight1: Tensor,
@@ -58,9 +61,10 @@ def grouped_mlp_backward(
     scale: Tensor | None,
     needs: list[bool],  # of x, weight1, bias1, weight2, bias2, scale
 ) -> list[Tensor]:  # in that order, empty where not needed
+    """grouped_mlp_backward by the grouped_linear of any backend."""
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_scale = needs
     routing = (expert, order, offsets)
-    h = torch.stack([activate(activation, tile) for tile in pre1])
+    h = activated(activation, pre1)
     dh, dweight2, dbias2, dscale = linear.grouped_linear_backward(
         dy, h, [weight2], _listed(bias2), pre2, *routing, "none", scale,
         [needs_x or needs_weight1 or needs_bias1, needs_weight2, needs_bias2, needs_scale],
@@ -71,8 +75,14 @@ def grouped_mlp_backward(
             dh, x, [weight1], _listed(bias1), pre1, *routing, activation, None,
             [needs_x, needs_weight1, needs_bias1, False],
         )  # fmt: skip
-    grads = [dx, *(_only(g, dy) for g in (dweight1, dbias1, dweight2, dbias2)), dscale]
-    return grads
+    return [dx, *(_only(g, dy) for g in (dweight1, dbias1, dweight2, dbias2)), dscale]
+
+
+def _tile_by_tile(activation: str, pre: Tensor) -> Tensor:
+    return torch.stack([activate(activation, tile) for tile in pre])
+
+
+grouped_mlp_backward = functools.partial(two_layers_backward, linear, _tile_by_tile)
 
 
 def _listed(bias: Tensor | None) -> list[Tensor]:
