@@ -150,6 +150,18 @@ class ExpertBlock(nn.Module):
         plain.train(self.training)
         return plain
 
+    def reclone(self, num_experts: int) -> None:
+        """Make ``num_experts`` copies of expert 0, in place.
+
+        With another number of experts every parameter is a new one: an optimizer made before holds the old ones.
+        """
+        for module in self.block.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, stacked(parameter[0], num_experts))
+            if isinstance(module, GroupedLinear):
+                module.num_experts = num_experts
+        self.num_experts = num_experts
+
 
 def expertize(block: nn.Module, num_experts: int) -> ExpertBlock:
     """Clone ``block`` into ``num_experts`` experts.

@@ -34,6 +34,12 @@ class Router(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
+    def resize(self, num_experts: int) -> None:
+        """Start anew with ``num_experts`` scores, on the device and in the dtype it was."""
+        old = self.out.weight
+        self.out = nn.Linear(old.shape[1], num_experts, device=old.device, dtype=old.dtype)
+        self.reset_parameters()
+
     @property
     def weights(self) -> RouterWeights:
         hidden = (None, None) if self.hidden is None else (self.hidden.weight, self.hidden.bias)
