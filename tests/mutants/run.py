@@ -22,10 +22,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from catalogue import MUTANTS, Mutant
+from catalogue import MUTANTS
+from mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("mixpert_kernels", "tests")
+FOLDERS = ("mixpert_kernels", "tests", "benchmarks")
 PASSED, FAILED = 0, 1  # pytest's exit status; below 0 it crashed, any other says that no test ran
 
 
