@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from mixpert_kernels.hf.loading import load_preprocessing, load_tower, quiet
+    from mixpert_kernels.training.curve import draw_curve
 
     with quiet():
         tower = load_tower(args.checkpoint)
@@ -135,27 +136,6 @@ def _print_curve(result: Calibration, name: str, images: int) -> None:
         f"\nchosen    {name} = {result.strategy.threshold:g} on {images} images: accuracy {best.accuracy:.1%}, "
         f"fallback {best.fallback:.1%}, wrong expert {best.errors:.1%}"
     )
-
-
-def draw_curve(path: Path, result: Calibration, name: str) -> None:
-    """Draw accuracy, fallback and errors over the threshold."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
-    ax = figure.add_subplot()
-    x = [point.threshold for point in result.curve]
-    for field, color, label in (
-        ("accuracy", "#0072b2", "right expert"),
-        ("fallback", "#7f7f7f", "fell back to versatile"),
-        ("errors", "#c00020", "wrong expert"),
-    ):
-        ax.plot(x, [getattr(point, field) for point in result.curve], color=color, label=label)
-    chosen = result.strategy.threshold
-    ax.axvline(chosen, color="black", linestyle=":", label=f"chosen: {chosen:g}")
-    ax.set(xlabel=name, ylabel="share of images", ylim=(-0.02, 1.02), xlim=(0, 1))
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    figure.savefig(path)
 
 
 def _save(checkpoint: Path, out: Path, changes: dict[str, float]) -> None:

@@ -53,7 +53,7 @@ def load_vision_model(
         ValueError: the directory is missing, is no checkpoint, lacks weights or holds no vision model.
     """
     directory = _directory("load_vision_model", directory)
-    with _one_line("load_vision_model", directory, "a transformers vision checkpoint"):
+    with one_line("load_vision_model", directory, "a transformers vision checkpoint"):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
@@ -84,7 +84,7 @@ def load_tower(directory: Path | str) -> FusedMixpertTower:
         ValueError: the directory is missing or holds no FusedMixpertTower.
     """
     directory = _directory("load_tower", directory)
-    with _one_line("load_tower", directory, "a saved FusedMixpertTower"):
+    with one_line("load_tower", directory, "a saved FusedMixpertTower"):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
@@ -134,7 +134,7 @@ def load_preprocessing(directory: Path | str | None, vision_config: Any) -> Prep
         }
         processor = transformers.SiglipImageProcessorPil(**settings)
     else:
-        with _one_line("load_preprocessing", directory, "a usable preprocessor_config.json"):
+        with one_line("load_preprocessing", directory, "a usable preprocessor_config.json"):
             processor = _processor(Path(directory), settings)
 
     def preprocess(images: Sequence[Image.Image]) -> Tensor:
@@ -161,7 +161,7 @@ def _preprocessing_settings(directory: Path) -> dict[str, Any] | None:
         path = directory / name
         if not path.is_file():
             continue
-        with _one_line("load_preprocessing", path, "valid JSON"):
+        with one_line("load_preprocessing", path, "valid JSON"):
             settings = json.loads(path.read_text(encoding="utf-8"))
             settings = settings.get("image_processor", settings)
         if "size" in settings or "image_mean" in settings:
@@ -202,7 +202,7 @@ def _directory(caller: str, directory: Path | str) -> Path:
 
 
 @contextlib.contextmanager
-def _one_line(caller: str, path: Path | str, wanted: str) -> Iterator[None]:
+def one_line(caller: str, path: Path | str, wanted: str) -> Iterator[None]:
     """Turn whatever a loader raises (OSError, KeyError, safetensors' own) into one line that names the path."""
     try:
         yield

@@ -3,7 +3,9 @@
 from .calibration import Calibration, calibrate
 from .loss import per_expert_mean
 from .optimizer import ExpertOptimizer, shard_placement
+from .recipe import Recipe
 from .router import fit_router
+from .run import train
 from .stages import (
     STAGES,
     StageRow,
@@ -17,6 +19,7 @@ __all__ = [
     "STAGES",
     "Calibration",
     "ExpertOptimizer",
+    "Recipe",
     "StageRow",
     "calibrate",
     "find_tower",
@@ -26,4 +29,5 @@ __all__ = [
     "set_stage",
     "shard_placement",
     "stage_of",
+    "train",
 ]

@@ -34,7 +34,7 @@ def fit_router(
         lr: its learning rate.
         weight_decay: its weight decay.
         seed: of the weights the router starts from.
-        progress: show a progress bar.
+        progress: show a progress bar, where stderr is a terminal.
 
     Returns:
         Accuracy of the best expert on the training features, 0..1.
@@ -52,7 +52,7 @@ def fit_router(
     features = features.detach().float().clone()  # a plain tensor, also of inference mode's
     labels = labels.to(features.device, torch.int64)
     optimizer = torch.optim.AdamW(router.parameters(), lr=lr, weight_decay=weight_decay)
-    for _ in tqdm(range(steps), desc="router", disable=not progress, leave=False):
+    for _ in tqdm(range(steps), desc="router", disable=None if progress else True, leave=False):
         optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             F.cross_entropy(router(features), labels).backward()

@@ -7,6 +7,7 @@ from mutant import Mutant
 TRAINING = "mixpert_kernels/training"
 CPU = "mixpert_kernels/backends/cpu"
 ALONE = "tests/test_expert_optimizer.py -k 'alone or hit'"
+RESUMED = "tests/test_train_resume.py -k 'goes_on_bitwise and not random_moments or features_of'"
 KEPT = "tests/test_tower_training.py"
 
 MUTANTS: list[Mutant] = [
@@ -97,5 +98,37 @@ MUTANTS: list[Mutant] = [
         "dweights[i][e].addmm_(d.T, rows)",
         "dweights[i][e].addmm_(d.T, rows, beta=0)",
         "tests/test_grouped_linear.py -k 'cpu and accurate and float32'",
+    ),
+    Mutant(
+        "resume-from-the-first-image",
+        "a resumed stage sees its images from the start",
+        f"{TRAINING}/run.py",
+        "order.batches(stage.batch, self.step)",
+        "order.batches(stage.batch, 0)",
+        RESUMED,
+    ),
+    Mutant(
+        "resume-without-moments",
+        "a resumed stage starts its optimizer anew",
+        f"{TRAINING}/run.py",
+        "            optimizer.load_state_dict(self.optimizer_state)",
+        "            pass",
+        RESUMED,
+    ),
+    Mutant(
+        "features-of-any-trunk",
+        "the router's cached features are taken whatever they follow from",
+        f"{TRAINING}/output.py",
+        'if saved["key"] == key else',
+        'if saved["key"] else',
+        RESUMED,
+    ),
+    Mutant(
+        "answer-one-token-late",
+        "the language model is asked for the token it is given",
+        "mixpert_kernels/hf/heads.py",
+        "logits[:, prefix.shape[1] - 1 : -1]",
+        "logits[:, prefix.shape[1] :]",
+        "tests/test_heads.py",
     ),
 ]
