@@ -1,0 +1,56 @@
+"""One job in a process of one thread: ``python -m mixpert_kernels.reproduce.worker FOLDER JOB``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from .settings import read_settings
+
+STEP = 1000  # images between two reports
+
+
+def main(folder: Path, name: str) -> None:
+    """Run a job and write ``NAME.json`` when it is done; says on stdout how many images are behind it."""
+    warnings.simplefilter("ignore")
+    import torch
+
+    from mixpert_kernels.hf.loading import quiet
+
+    from .jobs import plan, run_job
+
+    torch.set_num_threads(1)
+    settings = read_settings(folder)
+    job = next(job for job in plan(settings) if job.name == name)
+    waiting = 0
+
+    def progress(images: int) -> None:
+        nonlocal waiting
+        waiting += images
+        if waiting >= STEP:
+            print(waiting, flush=True)
+            waiting = 0
+
+    start = time.perf_counter()
+    with quiet():
+        notes = run_job(job, settings, folder, progress)
+    notes |= {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu seconds": round(time.process_time(), 1),
+    }
+    write_json(folder / f"{name}.json", notes)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file as a whole or not at all."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(draft, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
