@@ -151,7 +151,9 @@ def test_cutting_elsewhere_changes_nothing(cloned):
 def test_decisions_kept_are_those_of_the_tower(finished):
     """Task accuracy of a rule is that of the tower itself, from pixels, as it routes."""
     model = jobs.load_experts(TINY, finished, 1)
-    train_router(model.tower, [jobs._load(TINY, finished, 1, d, "train")[:40] for d in DOMAINS])
+    train_router(
+        model.tower, [jobs._load(TINY, finished, 1, d, "train").select(slice(40)) for d in DOMAINS]
+    )
     arrays = numbers.experts_of(finished, TINY, 1)
     thresholds = json.loads((finished / "1-router.json").read_text())["thresholds"]
     assert set(thresholds) == {rule.title for rule in RULES[1:]}
@@ -238,7 +240,7 @@ def test_jobs_come_after_what_they_need():
             assert done.issuperset(job.after), job
             assert job.name not in done
             done.add(job.name)
-    assert FULL.seeds >= 3 and FULL.part("chart", "test").count >= 4000
+    assert FULL.seeds >= 3 and FULL.part("chart", "test").size >= 4000
 
 
 def test_a_folder_keeps_one_run(tmp_path):

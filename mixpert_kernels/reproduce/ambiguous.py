@@ -28,8 +28,8 @@ def chart_in_document(label: int, rng: np.random.Generator, split: str) -> Image
 
 def noisy_scan(label: int, rng: np.random.Generator, split: str) -> Image.Image:
     """A page with the shades of a photograph over it, blurred and grainy; asked is the word."""
-    page = draw_document(label, rng, split).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
-    page = np.asarray(page.reduce(2), np.float32)
+    drawn = draw_document(label, rng, split).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2)))
+    page = np.asarray(drawn.reduce(2), np.float32)
     shade = crop(rng, split).astype(np.float32)
     share = rng.uniform(0.2, 0.5)
     grain = rng.normal(0, rng.uniform(4, 16), (*page.shape[:2], 1))

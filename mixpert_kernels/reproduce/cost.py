@@ -91,8 +91,8 @@ def _times(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     found = []
     for batch in tqdm(BATCHES, desc="timing", leave=False):
         share = batch // len(DOMAINS) + 1
-        images = join([images[:share] for images in tests])
-        images = images[torch.randperm(len(images.labels))[:batch]]
+        images = join([images.select(slice(share)) for images in tests])
+        images = images.select(torch.randperm(len(images.labels))[:batch])
         pixels, domain = as_input(images.pixels), images.domain
 
         def separate(pixels=pixels, domain=domain) -> torch.Tensor:

@@ -37,15 +37,15 @@ class Part(NamedTuple):
     Attributes:
         kind: a domain, or a kind of ambiguous images.
         split: ``train``, ``held_out`` or ``test``.
-        count: how many images.
+        size: how many images.
     """
 
     kind: str
     split: str
-    count: int
+    size: int
 
     def path(self, folder: Path, seed: int) -> Path:
-        name = f"{self.split}-{self.kind.replace(' ', '-')}-{self.count}"
+        name = f"{self.split}-{self.kind.replace(' ', '-')}-{self.size}"
         return folder / f"seed-{seed}" / f"{name}.npy"
 
 
@@ -62,7 +62,8 @@ class Images(NamedTuple):
     labels: Tensor
     domain: Tensor
 
-    def __getitem__(self, index) -> Images:  # type: ignore[override]
+    def select(self, index: Tensor | slice) -> Images:
+        """Some of the images."""
         return Images(self.pixels[index], self.labels[index], self.domain[index])
 
 
@@ -85,12 +86,12 @@ def render_part(folder: Path, part: Part, seed: int) -> Iterator[int]:
     """Render a part into its file, yielding how many images came to be; nothing if it is there already."""
     path = part.path(folder, seed)
     if path.is_file():
-        yield part.count
+        yield part.size
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.empty((part.count, 3, SIDE, SIDE), np.uint8)
-    for first in range(0, part.count, CHUNK):
-        indices = range(first, min(first + CHUNK, part.count))
+    pixels = np.empty((part.size, 3, SIDE, SIDE), np.uint8)
+    for first in range(0, part.size, CHUNK):
+        indices = range(first, min(first + CHUNK, part.size))
         for i in indices:
             pixels[i] = render(part.kind, part.split, seed, i).transpose(2, 0, 1)
         yield len(indices)

@@ -49,7 +49,7 @@ def plan(settings: Settings) -> list[Job]:
     jobs = []
     for seed in range(settings.seeds):
         jobs += [
-            Job(f"{seed}-render-{i}", seed, "render", str(i), (), sum(p.count for p in parts))
+            Job(f"{seed}-render-{i}", seed, "render", str(i), (), sum(p.size for p in parts))
             for i, parts in enumerate(_render_shares(settings))
         ]
         rendered = tuple(job.name for job in jobs if job.seed == seed)
@@ -190,7 +190,7 @@ def _router(job: Job, settings: Settings, folder: Path, progress: Progress):
     """Stage R: the router alone, over the frozen trunk; then thresholds and decisions."""
     tower = load_experts(settings, folder, job.seed).tower
     train = _train_images(settings, folder, job.seed)
-    accuracy = train_router(tower, [images[: settings.routed] for images in train])
+    accuracy = train_router(tower, [images.select(slice(settings.routed)) for images in train])
     parts = {
         split: {kind: _load(settings, folder, job.seed, kind, split) for kind in KINDS}
         for split in ("held_out", "test")
@@ -267,7 +267,7 @@ def _evaluate(
         arrays[f"predicted {kind}"] = predict(model, test.pixels).numpy().astype(np.int8)
     notes = {}
     for domain in set(kinds) & set(DOMAINS):
-        seen = _load(settings, folder, seed, domain, "train")[: settings.test]
+        seen = _load(settings, folder, seed, domain, "train").select(slice(settings.test))
         right = predict(model, trunk_features(model.tower, seen.pixels)) == seen.labels
         notes[f"train accuracy {domain}"] = float(right.float().mean())
     return arrays, notes

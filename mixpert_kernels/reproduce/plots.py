@@ -32,7 +32,7 @@ NAMES = {
     "mixpert": "joint → experts, teacher-routed",
     "mixpert routed": "joint → experts, routed (score difference)",
 }
-STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE: dict[Any, Any] = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 RULE_COLORS = ("#0072b2", "#d55e00", "#009e73")
 RULE_MARKS = ("o", "s", "^")
 

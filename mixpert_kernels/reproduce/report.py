@@ -23,6 +23,7 @@ TITLES = {
     "mixpert direct": "joint → experts, routed (direct)",
 }
 Table = list[list[str]]
+Section = tuple[str, str, Table, str | None]  # title, note, table, the plot's file
 
 INTRODUCTION = """\
 # The paper's comparisons, at a scale anyone can rerun
@@ -140,7 +141,7 @@ def _introduction(found: dict[str, Any]) -> str:
     )
 
 
-def _sections(found: dict[str, Any]) -> list[tuple[str, str, Table, str | None]]:
+def _sections(found: dict[str, Any]) -> list[Section]:
     """Title, what the table shows, the table and the plot's file."""
     sections = [
         (
@@ -169,6 +170,12 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, str, Table, str | None]]
             _depth(found),
             PLOTS["depth"],
         ),
+    ]
+    return sections + _routing_sections(found) + _pilot_sections(found)
+
+
+def _routing_sections(found: dict[str, Any]) -> list[Section]:
+    return [
         (
             "Routing rules",
             "Percent; thresholds (below) calibrated on held-out images of the three domains. *Fallback*: the versatile "
@@ -190,15 +197,18 @@ def _sections(found: dict[str, Any]) -> list[tuple[str, str, Table, str | None]]
             PLOTS["cost"],
         ),
     ]
-    if found.get("pilot"):
-        note = (
-            "`mixpert reproduce --pilot`: one seed, every encoder from random weights for "
-            f"{found['pilot'][0]['steps']:,} steps, with as many images of its domain where it has only one. The "
-            "width was shrunk from where encoders for one domain reach 90 % until the joint one fell well behind "
-            "them. Percent of the test images."
-        )
-        sections.append(("The pilot that fixed the width", note, pilot_table(found["pilot"]), None))
-    return sections
+
+
+def _pilot_sections(found: dict[str, Any]) -> list[Section]:
+    if not found.get("pilot"):
+        return []
+    note = (
+        "`mixpert reproduce --pilot`: one seed, every encoder from random weights for "
+        f"{found['pilot'][0]['steps']:,} steps, with as many images of its domain where it has only one. The "
+        "width was shrunk from where encoders for one domain reach 90 % until the joint one fell well behind "
+        "them. Percent of the test images."
+    )
+    return [("The pilot that fixed the width", note, pilot_table(found["pilot"]), None)]
 
 
 def _accuracy(found: dict[str, Any]) -> Table:

@@ -55,12 +55,8 @@ def gather(
     right: dict[str, Right] = {
         method: _right(folder, settings, method, settings.cloned) for method in (*METHODS, DIRECT)
     }
-    notes = {
-        job.name: json.loads((folder / f"{job.name}.json").read_text(encoding="utf-8"))
-        for job in plan(settings)
-    }
+    notes = {job.name: _read(folder / f"{job.name}.json") for job in plan(settings)}
     experts = [experts_of(folder, settings, seed) for seed in range(settings.seeds)]
-    pilot_file = folder / PILOT
     found = {
         "settings": asdict(settings),
         "versions": _versions(),
@@ -74,7 +70,7 @@ def gather(
         "curves": rules.curves(experts),
         "train accuracy": _train_accuracy(notes, settings),
         "cost": cost,
-        "pilot": json.loads(pilot_file.read_text(encoding="utf-8")) if pilot_file.is_file() else [],
+        "pilot": _read(folder / PILOT) or [],
         "command": "mixpert reproduce" + (" --quick" if settings == QUICK else ""),
     }
     write_json(folder / RESULTS, found)
@@ -93,7 +89,7 @@ def pilot(folder: Path, settings: Settings) -> list[dict[str, Any]]:
                 predicted = arrays_of(folder, name)[f"predicted {domain}"]
                 right = predicted == labels_of(domain, len(predicted))
                 row[method][domain] = round(100 * float(right.mean()), 3)
-        notes = json.loads((folder / f"0-pilot-{width}-joint.json").read_text(encoding="utf-8"))
+        notes = _read(folder / f"0-pilot-{width}-joint.json")
         rows.append(row | {"parameters": notes["parameters"]})
     return rows
 
@@ -167,6 +163,10 @@ def _train_accuracy(notes: dict[str, Any], settings: Settings) -> dict[str, dict
             values = [notes[name][f"train accuracy {domain}"] for name in names]
             found[method][domain] = round(100 * float(np.mean(values)), 2)
     return found
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _versions() -> dict[str, str]:

@@ -71,6 +71,7 @@ def route_tests(
                 _set(tower, rule, thresholds.get(rule.title, 0.0))
                 routing = tower.route(features)
                 arrays.setdefault(f"{rule.title} {kind}", []).append(routing.expert.to(torch.int8))
+            assert routing.scores is not None  # of decided routes there are
             arrays.setdefault(f"scores {kind}", []).append(routing.scores.float())
     return {name: torch.cat(parts).numpy() for name, parts in arrays.items()}, thresholds
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .ambiguous import AMBIGUOUS
 from .data import DOMAINS, SIDE, Part
@@ -127,8 +128,9 @@ def read_settings(folder: Path) -> Settings:
     """
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in found.items()})
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        return Settings(**values)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"reproduce: {path} must hold the settings of a run, got {error}"

@@ -122,7 +122,7 @@ def _shuffled(images: Images, size: int, seed: int) -> Iterator[Images]:
     while True:
         for index in torch.randperm(len(images.labels), generator=generator).split(size):
             if len(index) == size:
-                yield images[index]
+                yield images.select(index)
 
 
 def warm_cosine(steps: int) -> Callable[[int], float]:
