@@ -48,6 +48,15 @@ def result(folder: Path, name: str, rank: int) -> dict | str:
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the two processes: more threads round otherwise, and the towers would not start from the same weights."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict]:
     return {stage: run_case(f"{stage}-one", None) for stage in ("experts", "experts_head", "joint")}
