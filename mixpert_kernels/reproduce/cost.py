@@ -89,7 +89,7 @@ def _times(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     apart = [recut(load_joint(settings, folder, 0), settings.cloned).tower.eval() for _ in DOMAINS]
     tests = [load(folder, settings.part(domain, "test"), 0) for domain in DOMAINS]
     found = []
-    for batch in tqdm(BATCHES, desc="timing", leave=False):
+    for batch in tqdm(BATCHES, desc="timing", leave=False, disable=None):
         share = batch // len(DOMAINS) + 1
         images = join([images.select(slice(share)) for images in tests])
         images = images.select(torch.randperm(len(images.labels))[:batch])

@@ -45,7 +45,9 @@ def run_all(folder: Path, settings: Settings, processes: int | None = None) -> N
     total = sum(job.images for job in jobs)
     before = sum(job.images for job in jobs if job.name in done)
     processes = processes or min(2, os.cpu_count() or 1)
-    with tqdm(total=total, initial=before, unit="image", unit_scale=True, desc="training") as bar:
+    with tqdm(
+        total=total, initial=before, unit="image", unit_scale=True, desc="training", disable=None
+    ) as bar:
         _schedule([job for job in jobs if job.name not in done], done, folder, processes, bar)
 
 
@@ -173,7 +175,7 @@ def write_data(root: Path, images: int, seed: int) -> None:
     if root.exists() and not root.is_dir():
         raise ValueError(f"reproduce: write-data must be a directory, got the file {root}")
     total = images * len(SPLITS) * len(DOMAINS)
-    with tqdm(total=total, unit="image", desc="drawing", delay=1) as bar:
+    with tqdm(total=total, unit="image", desc="drawing", delay=1, disable=None) as bar:
         for count in write_folder(root, images, seed):
             bar.update(count)
     print(f"wrote {total} images to {root}")
