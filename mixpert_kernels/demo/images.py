@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from mixpert_kernels.training.data import SUFFIXES
+
 DOMAINS = ("photo", "chart", "document")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class Sample(NamedTuple):

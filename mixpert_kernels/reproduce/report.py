@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .data import DOMAINS
+from .data import DOMAINS, SIDE
 from .plots import PLOTS
 from .results import METHODS, RESULTS
 from .routes import MAX_ERRORS
@@ -125,8 +125,6 @@ def columns(rows: Table) -> str:
 
 def _introduction(found: dict[str, Any]) -> str:
     settings, versions = found["settings"], found["versions"]
-    from .data import SIDE
-
     count = settings["seeds"]
     return INTRODUCTION.format(
         parameters=found["cost"]["methods"]["one encoder"]["parameters"],

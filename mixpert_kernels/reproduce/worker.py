@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 import warnings
 from pathlib import Path
+
+from mixpert_kernels.training.checkpoint import write_text_whole
 
 from .settings import read_settings
 
@@ -47,9 +48,7 @@ def main(folder: Path, name: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a file as a whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    os.replace(draft, path)
+    write_text_whole(path, json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from mixpert_kernels.cli.tables import print_table
+
 if TYPE_CHECKING:
     from mixpert_kernels.hf.tower import FusedMixpertTower
 
@@ -154,11 +156,8 @@ def is_grouped(parameter: nn.Parameter) -> bool:
 
 
 def _print_table(stage: str, rows: list[StageRow]) -> None:
-    table = [(f"stage {stage}", *StageRow._fields[1:]), *rows]
-    widths = [max(len(str(row[i])) for row in table) for i in range(len(table[0]))]
-    for part, *numbers in table:
-        cells = [str(n).rjust(width) for n, width in zip(numbers, widths[1:], strict=True)]
-        print("  ".join([part.ljust(widths[0]), *cells]))
+    head = (f"stage {stage}", *StageRow._fields[1:])
+    print_table([head, *(tuple(map(str, row)) for row in rows)])
 
 
 def _check(tower: FusedMixpertTower, stage: str, num_experts: int | None) -> None:
