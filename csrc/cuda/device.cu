@@ -4,34 +4,13 @@
 
 #include <cuda_runtime.h>
 
-#include <stdexcept>
+#include "check.h"
 
 namespace mixpert {
 namespace {
 
 // Never launched: cudaFuncGetAttributes tells which of the compiled architectures a device would take.
 __global__ void probe_kernel() {}
-
-void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // reading clears it, so that the next call does not report it again
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
-}
-
-// Sets the current device and puts the caller's back: torch shares the thread's current device.
-class DeviceScope {
- public:
-  explicit DeviceScope(int index) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(index), "cudaSetDevice");
-  }
-  ~DeviceScope() { cudaSetDevice(previous_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int previous_ = 0;
-};
 
 }  // namespace
 

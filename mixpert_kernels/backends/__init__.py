@@ -16,7 +16,7 @@ import torch
 # In order of preference. `cpu` ran the expert segment of the reference geometry in less time than the plain
 # transformers layers (README, benchmarks/bench_expert_segment.py). `triton` has not been measured on a GPU yet: it
 # comes before `reference` for the launches it saves (docs/kernels.md). `reference` runs anywhere.
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
 
 
 def why_not(op: str, backend: str, *, device: torch.device | str, dtype: torch.dtype) -> str | None:

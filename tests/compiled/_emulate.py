@@ -16,19 +16,13 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import ptxsim
-import torch
 from ptxsim import triton_helpers
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixpert_kernels.backends.triton import _compile, _configs, _launch
 
-EMPTY = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")
-# Beyond the emulator's own checks: plain stores of two programs to one byte, and reads of shared memory nobody wrote.
-CHECKS = {"check_global_races": True, "check_uninit_shared": True}
+from ._written import CHECKS, Written
 
 
 class Launched(NamedTuple):
@@ -36,47 +30,6 @@ class Launched(NamedTuple):
 
     kernel: str
     stats: ptxsim.Stats
-
-
-class _Written(TorchDispatchMode):
-    """Which bytes of the tensors made by ``torch.empty`` and its kin hold a value.
-
-    They start as 0xFF (NaN in every float type). A kernel that reads a byte nobody wrote is an UninitializedRead, also
-    when an earlier launch should have written it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # By the address of a storage, which the weak reference keeps from being another storage's later.
-        self.maps: dict[int, tuple[StorageWeakRef, np.ndarray]] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func._schema.name.removeprefix("aten::") in EMPTY:
-            self._track(result)
-            return result
-        for given, value in zip(func._schema.arguments, args, strict=False):
-            if given.alias_info is not None and given.alias_info.is_write:
-                for tensor in value if isinstance(value, list | tuple) else [value]:
-                    if isinstance(tensor, Tensor) and (written := self.of(tensor)) is not None:
-                        written[:] = 1
-        return result
-
-    def _track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if tensor.device.type == "cpu" and storage.nbytes():
-            tensor.new_empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)
-            unwritten = np.zeros(storage.nbytes(), np.uint8)
-            self.maps[storage._cdata] = (StorageWeakRef(storage), unwritten)
-
-    def of(self, tensor: Tensor) -> np.ndarray | None:
-        """The map of the bytes that a tensor spans."""
-        known = self.maps.get(tensor.untyped_storage()._cdata)
-        if known is None or not tensor.numel():
-            return None
-        start = tensor.storage_offset() * tensor.element_size()
-        steps = ((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return known[1][start : start + (sum(steps) + 1) * tensor.element_size()]
 
 
 @contextlib.contextmanager
@@ -99,7 +52,7 @@ def emulated(
         The launches so far, in order: kernel name and counters.
     """
     launches: list[Launched] = []
-    written = _Written()
+    written = Written()
     options = CHECKS | launch_options
 
     def launch(kernel, grid, args, config):
@@ -135,7 +88,7 @@ def _compiled(kernel: Any, args: dict[str, Any], config: Any, chip: Any) -> trit
     return _cache[key]
 
 
-def _wrap(value: Any, written: _Written) -> Any:
+def _wrap(value: Any, written: Written) -> Any:
     """An argument as the emulator takes it: a tensor together with the map of its initialised bytes."""
     if isinstance(value, Tensor) and (known := written.of(value)) is not None:
         return ptxsim.Uninit(value, known)

@@ -24,6 +24,7 @@ rewritten in the workers, so give it a message. ``full`` marks what only ``MIXPE
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -32,8 +33,11 @@ import pytest
 from . import _worker
 
 HERE = Path(__file__).parent
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-collect_ignore_glob = [] if HAS_TRITON else ["test_*.py"]
+MISSING = {  # pattern of the tests: what they need and is not here
+    "test_cuda_*.py": None if shutil.which("nvcc") else "nvcc is not on PATH",
+    "test_[!c]*.py": None if importlib.util.find_spec("triton") else "triton is not installed",
+}
+collect_ignore_glob = [pattern for pattern, reason in MISSING.items() if reason]
 results = pytest.StashKey[Future]()
 workers = pytest.StashKey[object]()
 
@@ -68,8 +72,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not HAS_TRITON:
-        terminalreporter.write_line("tests/compiled was left out: triton is not installed")
+    for pattern, reason in MISSING.items():
+        if reason:
+            terminalreporter.write_line(f"tests/compiled/{pattern} was left out: {reason}")
 
 
 def _is_case(item: pytest.Item) -> bool:

@@ -48,6 +48,17 @@ class Span:
     whole: Any
 
 
+@dataclass
+class Struct:
+    """Argument wrapper: a struct passed by value.
+
+    ``parts`` are (offset, value); a value is whatever an argument of its own may be: bytes, a tensor
+    (its address is stored), ``Uninit``, ``Span`` or ``TensorMap``.
+    """
+    size: int
+    parts: Any
+
+
 def _is_torch(value: Any) -> bool:
     return type(value).__module__.split(".")[0] == "torch" and hasattr(value, "data_ptr")
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .errors import LaunchError, UnsupportedError
 from .machine import Launch, Options
-from .memory import ALIGN, GUARD, MODULE_BASE, PARAM_BASE, GlobalMemory, Span, Uninit, _is_torch
+from .memory import ALIGN, GUARD, MODULE_BASE, PARAM_BASE, GlobalMemory, Span, Struct, Uninit, _is_torch
 from .parser import ModuleAst, Var, parse
 from .program import Decoder, Program
 from .stats import AccessModel, Stats
@@ -169,9 +169,17 @@ class Module:
                               f"({', '.join(v.name + ':' + v.type + (f'[{v.size}]' if v.type == 'b8' else '') for _, v in specs)}), "
                               f"got {len(args)}")
         params = np.zeros(max(prog.param_size, 1) + 16, np.uint8)
+        # Every value with where it goes: an argument as a whole, or a part of a struct.
+        places: list[tuple[Any, int, Optional[Var], str]] = []
+        for index, (arg, (offset, var)) in enumerate(zip(args, specs)):
+            if not isinstance(arg, Struct):
+                places.append((arg, offset, var, f"arg{index}"))
+                continue
+            if arg.size != var.size:
+                raise LaunchError(f"argument {index} of {prog.name} needs {var.size} bytes, got {arg.size}")
+            places += [(part, offset + at, None, f"arg{index}+{at}") for at, part in arg.parts]
         entries, order = [], []
-        for index, arg in enumerate(args):
-            label = f"arg{index}"
+        for index, (arg, _, _, label) in enumerate(places):
             if isinstance(arg, Uninit):
                 entries.append((label, arg.tensor, True if arg.written is None else arg.written))
                 order.append((index, "tensor"))
@@ -195,28 +203,31 @@ class Module:
             if entry[2] is True:
                 size = entry[1].numel() * entry[1].element_size() if _is_torch(entry[1]) else entry[1].nbytes
                 tracked.append((index, address, size))
-        for index, (arg, (offset, var)) in enumerate(zip(args, specs)):
+        for index, (arg, offset, var, _) in enumerate(places):
             raw = self._param_bytes(prog, index, arg, var, where)
             params[offset: offset + len(raw)] = np.frombuffer(raw, np.uint8)
         return params, tracked
 
     @staticmethod
-    def _param_bytes(prog: Program, index: int, arg: Any, var: Var, where: dict) -> bytes:
-        size = max(var.size, 1)
+    def _param_bytes(prog: Program, index: int, arg: Any, var: Optional[Var], where: dict) -> bytes:
         if isinstance(arg, TensorMap):
             raw = arg.encode(where[index])
         elif index in where:
             raw = struct.pack("<Q", where[index])
+        elif var is None:
+            return bytes(arg)
         elif arg is None:
-            raw = bytes(size)
+            raw = bytes(max(var.size, 1))
         elif isinstance(arg, (bytes, bytearray)):
             raw = bytes(arg)
         elif isinstance(arg, (bool, int, np.integer)):
+            size = max(var.size, 1)
             if var.type in ("f32", "f64"):
                 raw = struct.pack("<f" if var.type == "f32" else "<d", float(arg))
             else:
                 raw = (int(arg) & ((1 << (8 * size)) - 1)).to_bytes(size, "little")
         elif isinstance(arg, (float, np.floating)):
+            size = max(var.size, 1)
             if isinstance(arg, np.floating) and arg.itemsize == size:
                 raw = arg.tobytes()
             else:
@@ -224,8 +235,8 @@ class Module:
                        8: lambda: struct.pack("<d", arg)}[size]()
         else:
             raise LaunchError(f"argument {index} of {prog.name}: cannot pass {type(arg).__name__}")
-        if len(raw) != size:
-            raise LaunchError(f"argument {index} of {prog.name} needs {size} bytes, got {len(raw)}")
+        if var is not None and len(raw) != max(var.size, 1):
+            raise LaunchError(f"argument {index} of {prog.name} needs {max(var.size, 1)} bytes, got {len(raw)}")
         return raw
 
 

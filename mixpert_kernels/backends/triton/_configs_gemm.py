@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._chips import Chip, autotuning, tma_allowed
+from mixpert_kernels.backends.chips import Chip, autotuning, tma_allowed
 
 
 @dataclass(frozen=True)
