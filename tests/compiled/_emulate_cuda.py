@@ -70,7 +70,9 @@ def emulated(
         if grid == 0:
             return
         facts = kernels(arch)[kernel]
-        assert set(args) == {f.name for f in facts.fields}, set(args) ^ {f.name for f in facts.fields}
+        assert set(args) == {f.name for f in facts.fields}, set(args) ^ {
+            f.name for f in facts.fields
+        }
         numbers = {n: 0 if v is None or _is_place(v) else v for n, v in args.items()}
         plain = [f for f in facts.fields if f.code not in "PT"]
         packed = _launch.pack(
@@ -129,7 +131,11 @@ def sources(arch: int) -> list[Path]:
 @functools.cache
 def ptx(path: Path, arch: int) -> str:
     """The PTX of a file, kept on disk until any source changes."""
-    text = b"\0".join(p.read_bytes() for p in [path, *sorted(SOURCES.glob("*.[ch]*"))] if p.suffix != ".cu" or p == path)
+    text = b"\0".join(
+        p.read_bytes()
+        for p in [path, *sorted(SOURCES.glob("*.[ch]*"))]
+        if p.suffix != ".cu" or p == path
+    )
     key = hashlib.sha256(text).hexdigest()[:16]
     kept = CACHE / f"{path.stem}-{PTX_ARCHS[arch]}-{key}.ptx"
     if not kept.exists():

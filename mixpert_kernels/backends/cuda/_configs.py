@@ -22,7 +22,7 @@ _forced: Any = None
 
 @contextlib.contextmanager
 def forced(choice: Any) -> Iterator[None]:
-    """Within, a product takes the kernels of this name ("large", "small", "wgmma") and no others; for tests and tune."""
+    """Within, a product takes the kernels of this name ("large", "small", "wgmma"), for tests and for tuning."""
     global _forced
     before, _forced = _forced, choice
     try:

@@ -101,7 +101,9 @@ def pack(kernel: str, facts: Facts, args: dict[str, Any], encode: Any, address: 
         try:
             struct.pack_into("Q" if code == "P" else code, raw, offset, value)
         except struct.error as error:
-            raise ValueError(f"{kernel}: {name} must fit its field, got {value} ({error})") from None
+            raise ValueError(
+                f"{kernel}: {name} must fit its field, got {value} ({error})"
+            ) from None
     return bytes(raw)
 
 

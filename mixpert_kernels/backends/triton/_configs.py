@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 import torch
 
-from mixpert_kernels.backends.chips import AMD_SHARED_BYTES, KB, SHARED_BYTES, Chip, autotuning, chip, nvidia, tma_allowed  # noqa: F401
+from mixpert_kernels.backends.chips import (  # noqa: F401
+    AMD_SHARED_BYTES,
+    KB,
+    SHARED_BYTES,
+    Chip,
+    autotuning,
+    chip,
+    nvidia,
+    tma_allowed,
+)
+
 from ._configs_gemm import (  # noqa: F401
     GEMM_ROWS,
     GemmConfig,
