@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "ptx"
 PTX_ARCHS = {80: "80", 90: "90a"}
+INCLUDE = re.compile(r'^#include "(\w+\.c?u?h)"', re.MULTILINE)
 ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.MULTILINE)
 
 
@@ -128,14 +129,19 @@ def sources(arch: int) -> list[Path]:
     return [path for path in found if arch == 90 or not path.stem.endswith("_sm90a")]
 
 
+def included(path: Path) -> list[Path]:
+    """The file itself and the files of csrc/cuda that it includes, in turn."""
+    found = [path]
+    for file in found:  # grows
+        named = (SOURCES / name for name in INCLUDE.findall(file.read_text()))
+        found += [name for name in named if name not in found]
+    return found
+
+
 @functools.cache
 def ptx(path: Path, arch: int) -> str:
-    """The PTX of a file, kept on disk until any source changes."""
-    text = b"\0".join(
-        p.read_bytes()
-        for p in [path, *sorted(SOURCES.glob("*.[ch]*"))]
-        if p.suffix != ".cu" or p == path
-    )
+    """The PTX of a file, kept on disk until it changes or what it includes."""
+    text = b"\0".join(p.read_bytes() for p in included(path))
     key = hashlib.sha256(text).hexdigest()[:16]
     kept = CACHE / f"{path.stem}-{PTX_ARCHS[arch]}-{key}.ptx"
     if not kept.exists():
