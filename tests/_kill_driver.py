@@ -128,16 +128,18 @@ def place(output: Path) -> list[int] | None:
 def whole_run(root: Path) -> list[Mark]:
     """Run to the end, and say what the marks are."""
     settings, log = recipe(root, "whole"), root / "whole.log"
-    child, names, places, times = Child(settings, log), [], [], []
-    while name := child.stop():
-        times.append(time.perf_counter())
-        names.append(name)
-        places.append(place(settings.output))
+    child, marks = Child(settings, log), []
+    name = child.stop()
+    while name:
+        saved = place(settings.output)
+        start = time.perf_counter()
         child.let_on()
+        following = child.stop()
+        marks.append(Mark(name, saved, time.perf_counter() - start))
+        name = following
     if child.end():
         sys.exit(log.read_text())
-    seconds = [after - before for before, after in zip(times, times[1:], strict=False)]
-    return [Mark(*mark) for mark in zip(names, places, [*seconds, 0.0], strict=True)]
+    return marks
 
 
 def trial(root: Path, marks: list[Mark], number: int, share: float) -> dict:
