@@ -143,12 +143,27 @@ ROUTE_LINEAR = {
     f"activation must be one of {ACTIVATIONS}, got silu": {"activation": "silu"},
 }
 
+NORM_LINEAR = {
+    key: changed
+    for key, changed in ROUTE_LINEAR.items()
+    if key.startswith(("x ", "norm", "weight", "bias", "activation"))
+} | {
+    "x must be a floating-point tensor, got torch.int64": {"x": X.long()},
+    "norm_eps must be at least 0, got -1.0": {"norm_eps": -1.0},
+    "routing must be a Routing, got Tensor": {"routing": ROUTING.expert},
+    "routing must be over the weight's 2 experts, got 3": {
+        "routing": Routing.forced(ROUTING.expert, 3)
+    },
+}
+
 GOOD = {
     "grouped_linear": {"x": X, "weight": W, "bias": BIAS, "routing": ROUTING},
     "grouped_layer_norm": {"x": X, "weight": GAIN, "bias": None, "routing": ROUTING},
     "route": {"x": X, "weights": LINEAR_ROUTER, "strategy": Strategy()},
     "route_grouped_linear": {"x": X, "router": LINEAR_ROUTER, "strategy": Strategy()}
     | {"norm_weight": GAIN, "norm_bias": None, "weight": W, "bias": BIAS},
+    "norm_grouped_linear": {"x": X, "norm_weight": GAIN, "norm_bias": None}
+    | {"weight": W, "bias": BIAS, "routing": ROUTING},
 }
 CASES = {
     f"{op}: {message}": changed
@@ -157,6 +172,7 @@ CASES = {
         ("grouped_layer_norm", LAYER_NORM),
         ("route", ROUTE),
         ("route_grouped_linear", ROUTE_LINEAR),
+        ("norm_grouped_linear", NORM_LINEAR),
     )
     for message, changed in table.items()
 }

@@ -63,6 +63,7 @@ def test_the_ops_are_known():
         "grouped_layer_norm",
         "grouped_linear",
         "grouped_mlp",
+        "norm_grouped_linear",
         "route",
         "route_grouped_linear",
     ]

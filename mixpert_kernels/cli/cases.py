@@ -51,6 +51,11 @@ def _grouped_mlp(t: Tensors, backend: str) -> Tensors:
     return {"y": y}
 
 
+def _norm_grouped_linear(t: Tensors, backend: str) -> Tensors:
+    x, *layers = t.values()
+    return {"y": ops.norm_grouped_linear(x, *layers, _routing(x), backend=backend)}
+
+
 def _images(like: Tensor) -> dict[str, Tensor]:
     images = {"image_of_tile": IMAGE_OF_TILE, "base_tile": BASE_TILE}
     return {name: torch.tensor(ids, device=like.device) for name, ids in images.items()}
@@ -90,6 +95,11 @@ CASES = {
         {"x": X, "weight1": WIDER, "bias1": COLUMNS, "weight2": NARROWER, "bias2": ROWS},
         _grouped_mlp,
     ),
+    "norm_grouped_linear": Case(
+        {"x": X, "norm_weight": ROWS, "norm_bias": ROWS, "weight": WIDER, "bias": COLUMNS},
+        _norm_grouped_linear,
+        differentiable=False,  # by the separate ops, which have cases of their own
+    ),
     "route": Case(
         {
             "x": X,
@@ -115,7 +125,7 @@ CASES = {
             "bias": COLUMNS,
         },
         _route_grouped_linear,
-        differentiable=False,  # by the separate ops, which have cases of their own
+        differentiable=False,
     ),
 }
 

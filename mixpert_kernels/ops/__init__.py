@@ -3,6 +3,7 @@
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
 from .grouped_mlp import grouped_mlp
+from .norm_grouped_linear import norm_grouped_linear
 from .route import RouterWeights, Strategy, route
 from .route_grouped_linear import RoutedLinear, route_grouped_linear
 
@@ -13,6 +14,7 @@ __all__ = [
     "grouped_layer_norm",
     "grouped_linear",
     "grouped_mlp",
+    "norm_grouped_linear",
     "route",
     "route_grouped_linear",
 ]

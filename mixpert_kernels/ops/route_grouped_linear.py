@@ -11,10 +11,11 @@ from torch import Tensor
 from mixpert_kernels.backends import pick
 from mixpert_kernels.routing import Routing
 
-from ._checks import autocast_dtype, require, require_parameter, require_shape
+from ._checks import autocast_dtype, require
 from ._library import register
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import check_weights, grouped_linear
+from .norm_grouped_linear import check_norm
 from .route import RouterWeights, Strategy, check_router, route
 
 
@@ -137,12 +138,7 @@ def _check_router(x, router, strategy, images, eps) -> None:
 def _check_layer(x, router, gain, offset, eps, weights, biases, activation) -> None:
     op = "route_grouped_linear"
     experts, _ = check_weights(op, x, weights, biases, activation)
-    require_shape(op, "norm_weight", gain, experts, x.shape[2])
-    require_parameter(op, "norm_weight", gain, x)
-    if offset is not None:
-        require_shape(op, "norm_bias", offset, experts, x.shape[2])
-        require_parameter(op, "norm_bias", offset, x)
-    require(eps >= 0, op, "norm_eps", "be at least 0", eps)
+    check_norm(op, x, gain, offset, eps, experts)
     routed = router.weight.shape[0]
     require(routed == experts, op, "router", f"score the weight's {experts} experts", routed)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
+from .norm_grouped_linear import two_ops
 from .route import route
 
 
@@ -52,8 +53,8 @@ def three_ops(
         threshold,
         against,
     )
-    rows, _, _ = grouped_layer_norm(x, norm_weight, norm_bias, *ids, norm_eps)
-    y, _ = grouped_linear(rows, weights, biases, *ids, activation, None, None, False)
+    norm = (norm_weight, norm_bias, norm_eps)
+    y = two_ops(grouped_layer_norm, grouped_linear, x, *norm, weights, biases, *ids, activation)
     return y, scores, *ids
 
 
