@@ -1,0 +1,103 @@
+"""The elementwise part of a grouped layer's backward, dz = dy * scale * act'(pre), and sums over an expert's tokens.
+
+Sums are made in two steps, without atomics: chunks of a tile's tokens first, then the chunks of each expert's tiles in
+order. A chunk's size is a constant, so an expert's sums are bit for bit what its own tiles alone give.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _configs, _launch
+from ._operands import WEIGHTS, aligned, cdiv, empty_rows, named, rows_dense, strides
+
+
+def backward_parts(
+    dy: Tensor,  # (B, T, N)
+    pre: Tensor | None,  # (B, T, N)
+    scale: Tensor | None,  # (E, N)
+    expert: Tensor,  # (B,) int32
+    activation: str,
+    needs_bias: bool,
+    needs_scale: bool,
+    needs_dz: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # (B, T, N), (B, S, N) or (B, S, 2 N) float32
+    """dz = dy * scale * act'(pre), and the parts of the sums for bias and for scale side by side, in one launch.
+
+    dz is dy itself where there is neither an activation nor a scale. ``pre`` is read where there is an activation, or
+    for scale.
+    """
+    dy = rows_dense(dy)
+    unchanged = scale is None and activation == "none"
+    needs_dz = needs_dz and not unchanged
+    if not (needs_dz or needs_bias or needs_scale):
+        return dy, None
+    kernel = f"activation_backward_{_configs.SUFFIX[dy.dtype]}"
+    constants = _launch.kernels()[kernel].constants
+    (batch, tokens, width), chunks = dy.shape, cdiv(dy.shape[1], constants["chunk"])
+    pre = rows_dense(pre) if needs_scale or activation != "none" else None
+    scale = None if scale is None else scale.to(dy.dtype).contiguous()
+    dz = empty_rows(dy, *dy.shape) if needs_dz else None
+    columns = (needs_bias + needs_scale) * width
+    parts = dy.new_empty(batch, chunks, columns, dtype=torch.float32) if columns else None
+    args = {
+        "dy": dy,
+        "pre": pre,
+        "scale": scale,
+        "expert": expert,
+        "dz": dz,
+        "bias": parts if needs_bias else None,
+        "dscale": parts[..., -width:] if needs_scale else None,
+        "tokens": tokens,
+        "width": width,
+        "activation": _configs.ACTIVATIONS[activation],
+        "vectors": aligned(dy, pre, scale, dz) and width * dy.element_size() % 16 == 0,
+        **strides("stride_y{}", dy, "bt"),
+        **strides("stride_p{}", pre, "bt"),
+        **strides("stride_z{}", dz, "bt"),
+        "stride_s": columns,
+    }
+    _launch.launch(kernel, batch * chunks * cdiv(width, constants["columns"]), args)
+    return dy if dz is None else dz, parts
+
+
+def sum_by_expert(
+    partial: Tensor,  # (B, S, C) float32
+    order: Tensor,  # (B,) int32
+    offsets: Tensor,  # (E + 1,) int32
+    num_experts: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (E, C)
+    """Sum over S and the tiles of each expert, in order; exact zeros for an expert without a tile."""
+    return sums_by_expert(partial, [partial.shape[2]], order, offsets, num_experts, dtype)[0]
+
+
+def sums_by_expert(
+    partial: Tensor,  # (B, S, C) float32, C = sum of widths
+    widths: list[int],
+    order: Tensor,  # (B,) int32
+    offsets: Tensor,  # (E + 1,) int32
+    num_experts: int,
+    dtype: torch.dtype,
+) -> list[Tensor]:  # each (E, widths[i])
+    """The same as one tensor for each of ``widths``; one launch for up to three."""
+    kernel = f"sum_by_expert_{_configs.SUFFIX[dtype]}"
+    columns = _launch.kernels()[kernel].constants["columns"]
+    outs = [partial.new_empty(num_experts, width, dtype=dtype) for width in widths]
+    for first in range(0, len(widths), WEIGHTS):
+        out = outs[first : first + WEIGHTS]
+        chosen = [o.shape[1] for o in out] + [0] * (WEIGHTS - len(out))
+        blocks = sum(cdiv(width, columns) for width in chosen)
+        args = {
+            "part": partial[..., sum(widths[:first]) :],
+            **named("out{}", out),
+            "order": order,
+            "offsets": offsets,
+            **{f"width{i}": width for i, width in enumerate(chosen)},
+            "blocks": blocks,
+            "chunks": partial.shape[1],
+            **strides("stride_{}", partial, "bs"),
+        }
+        _launch.launch(kernel, num_experts * blocks, args)
+    return outs
