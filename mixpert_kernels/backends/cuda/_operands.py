@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # Weights that one launch reads or gradients that it writes: query, key and value.
