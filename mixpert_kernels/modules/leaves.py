@@ -13,6 +13,7 @@ from mixpert_kernels.ops import (
     grouped_layer_norm,
     grouped_linear,
     grouped_mlp,
+    norm_grouped_linear,
     route_grouped_linear,
 )
 from mixpert_kernels.routing import Routing
@@ -44,6 +45,19 @@ def linear(
     return grouped_linear(
         x, *_side_by_side(leaves), routing, activation=activation, residual=residual, scale=scale
     )
+
+
+def norm_linear(
+    x: Tensor,
+    norm: nn.Module,
+    leaves: tuple[nn.Module, ...],
+    routing: Routing,
+    *,
+    activation: str = "none",
+) -> Tensor:
+    """norm_grouped_linear by the parameters of a norm and of leaves, side by side."""
+    given = (*_norm_parameters(norm), *_side_by_side(leaves))
+    return norm_grouped_linear(x, *given, routing, norm_eps=norm.eps, activation=activation)
 
 
 def routed_linear(

@@ -4,8 +4,9 @@
     x = x + scale2 * fc2(act(fc1(norm2(x))))
 
 Seven launches whatever the number of experts: LayerNorm, QKV (one product), attention, output projection (with bias,
-scale and residual), LayerNorm, and the MLP's two (bias and activation; bias, scale and residual). The same plan serves
-a shared block, with plain leaves and one expert, and an expertized one: it reads the parameters where they are.
+scale and residual), LayerNorm, and the MLP's two (bias and activation; bias, scale and residual). Five where the
+backend puts a LayerNorm and the product that follows into one. The same plan serves a shared block, with plain leaves
+and one expert, and an expertized one: it reads the parameters where they are.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .leaves import (
     layer_norm,
     linear,
     mlp,
+    norm_linear,
     routed_linear,
 )
 
@@ -96,7 +98,7 @@ class PreNormPlan:
         if x.device.type == "cpu" and not torch.is_grad_enabled():
             x = x.to(compute_dtype(dtype))  # once a block rather than around each product
         norm1, query, key, value = self._leaves(block)[:4]
-        qkv = linear(layer_norm(x, norm1, routing), (query, key, value), routing)  # (B, T, 3D)
+        qkv = norm_linear(x, norm1, (query, key, value), routing)  # (B, T, 3D)
         return self._run_from(qkv, block, x, routing).to(dtype)
 
     def run_routed(
@@ -115,9 +117,12 @@ class PreNormPlan:
         y = attention(qkv, get(block, self.heads))  # (B, T, D)
         scale1, scale2 = (scale_table(block, path) for path in (self.scale1, self.scale2))
         x = linear(y, (out,), routing, residual=x, scale=scale1)
-        y = layer_norm(x, norm2, routing)
         act = activation_name(get(block, self.activation))
-        return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2)
+        if torch.is_grad_enabled():  # as one op, the two products keep less for backward
+            y = layer_norm(x, norm2, routing)
+            return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2)
+        y = norm_linear(x, norm2, (fc1,), routing, activation=act)
+        return linear(y, (fc2,), routing, residual=x, scale=scale2)
 
 
 def attention(qkv: Tensor, heads: int) -> Tensor:
