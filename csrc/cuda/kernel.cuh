@@ -2,10 +2,7 @@
 //
 //   template <typename T>
 //   struct CopyArgs {
-//   #define FIELDS(FIELD) \
-//     FIELD(const T*, x)  /* (N,) */ \
-//     FIELD(T*, y)        /* (N,) */ \
-//     FIELD(int, n)
+//   #define FIELDS(FIELD) FIELD(const T*, x) FIELD(T*, y) FIELD(int, n)   // one a line, with its shape
 //     MIXPERT_FIELDS(FIELDS)
 //   #undef FIELDS
 //   };
