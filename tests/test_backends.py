@@ -91,6 +91,7 @@ def test_auto_lists_every_backend_with_its_reason_when_none_can(monkeypatch):
         "grouped_linear: no backend can run this call",
         "  cpu: needs a CPU tensor, got meta",
         "  triton: needs a CUDA or ROCm tensor, got meta",
+        f"  cuda: {why_not('grouped_linear', 'cuda', device='meta', dtype=torch.float32)}",
         "  reference: is out for lunch",
     ]
 

@@ -76,8 +76,13 @@ def grouped_layer_norm(
     return y
 
 
+def _pick(backend, x):
+    widths = (x.shape[2],)
+    return pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype, widths=widths)
+
+
 def _run(x, weight, bias, expert, order, offsets, eps, backend):
-    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x)
     return chosen.grouped_layer_norm(x, weight, bias, expert, order, offsets, eps)
 
 
@@ -90,7 +95,9 @@ def _statistics_dtype(x, backend):
     """PyTorch keeps half-precision rows' statistics in their own dtype on a CPU; on a GPU, and in Triton, float32."""
     if x.device.type != "cpu" and x.dtype != torch.float64:
         return torch.float32
-    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    chosen = pick(
+        "grouped_layer_norm", backend, device=x.device, dtype=x.dtype
+    )  # widths may be symbols
     return torch.float32 if ".triton." in chosen.__name__ else x.dtype
 
 
@@ -114,7 +121,7 @@ def _backward(ctx, dy, _dmean, _drstd):
 
 
 def _run_backward(dy, x, weight, bias, mean, rstd, expert, order, offsets, backend):
-    chosen = pick("grouped_layer_norm", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x)
     return chosen.grouped_layer_norm_backward(
         dy, x, weight, bias, mean, rstd, expert, order, offsets
     )

@@ -129,8 +129,13 @@ def check_weights(op, x, weights, biases, activation) -> tuple[int, int]:
     return experts, sum(w.shape[1] for w in weights)
 
 
+def _pick(backend, x, weights):
+    widths = (x.shape[2], sum(w.shape[1] for w in weights))
+    return pick("grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
+
+
 def _run(x, weights, biases, expert, order, offsets, activation, residual, scale, keep, backend):
-    chosen = pick("grouped_linear", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x, weights)
     return chosen.grouped_linear(
         x, weights, biases, expert, order, offsets, activation, residual, scale, keep
     )
@@ -186,7 +191,7 @@ def _any(needs: bool | Sequence[bool]) -> bool:
 def _run_backward(
     dy, x, weights, biases, pre, expert, order, offsets, activation, scale, needs, backend
 ):
-    chosen = pick("grouped_linear", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x, weights)
     return chosen.grouped_linear_backward(
         dy, x, weights, biases, pre, expert, order, offsets, activation, scale, needs
     )

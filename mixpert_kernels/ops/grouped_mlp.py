@@ -114,9 +114,15 @@ def _check(x, weight1, bias1, weight2, bias2, routing, activation, residual, sca
     require_routing(op, routing, x, experts)
 
 
-def _run(x, *rest):
+def _pick(backend, x, weight1, weight2):
+    widths = (x.shape[2], weight1.shape[1], weight2.shape[1])
+    return pick("grouped_mlp", backend, device=x.device, dtype=x.dtype, widths=widths)
+
+
+def _run(x, weight1, bias1, weight2, *rest):
     *rest, backend = rest
-    return pick("grouped_mlp", backend, device=x.device, dtype=x.dtype).grouped_mlp(x, *rest)
+    chosen = _pick(backend, x, weight1, weight2)
+    return chosen.grouped_mlp(x, weight1, bias1, weight2, *rest)
 
 
 def _fake(x, weight1, bias1, weight2, bias2, expert, order, offsets, activation, *rest):
@@ -151,10 +157,10 @@ def _backward(ctx, dy, _dpre1, _dpre2):
     return (*grads, *[None] * 4, dresidual, dscale if needs_scale else None, None, None)
 
 
-def _run_backward(dy, x, *rest):
+def _run_backward(dy, x, weight1, bias1, weight2, *rest):
     *rest, backend = rest
-    chosen = pick("grouped_mlp", backend, device=x.device, dtype=x.dtype)
-    return chosen.grouped_mlp_backward(dy, x, *rest)
+    chosen = _pick(backend, x, weight1, weight2)
+    return chosen.grouped_mlp_backward(dy, x, weight1, bias1, weight2, *rest)
 
 
 def _fake_backward(dy, x, weight1, bias1, weight2, bias2, *rest):

@@ -119,10 +119,11 @@ def check_norm(op, x, gain, offset, eps, experts) -> None:
     require(eps >= 0, op, "norm_eps", "be at least 0", eps)
 
 
-def _run(x, *rest):
+def _run(x, norm_weight, norm_bias, norm_eps, weights, *rest):
     *rest, backend = rest
-    chosen = pick("norm_grouped_linear", backend, device=x.device, dtype=x.dtype)
-    return chosen.norm_grouped_linear(x, *rest)
+    widths = (x.shape[2], sum(w.shape[1] for w in weights))
+    chosen = pick("norm_grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
+    return chosen.norm_grouped_linear(x, norm_weight, norm_bias, norm_eps, weights, *rest)
 
 
 def _fake(x, norm_weight, norm_bias, norm_eps, weights, *rest):

@@ -171,9 +171,15 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
             )
 
 
+def _pick(backend, x, hidden_weight, weight):
+    hidden = () if hidden_weight is None else hidden_weight.shape[:1]
+    widths = (x.shape[2], *hidden, weight.shape[0])
+    return pick("route", backend, device=x.device, dtype=x.dtype, widths=widths)
+
+
 def _run(x, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
-    chosen = pick("route", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x, rest[2], rest[4])
     with torch.autocast(x.device.type, enabled=False):  # scores are float32 under autocast too
         return chosen.route(x, image_of_tile, base_tile, expert, *rest)
 
@@ -214,11 +220,11 @@ def _backward(ctx, dscores, dpooled, *_):
     )
 
 
-def _run_backward(dscores, dpooled, x, *rest):
+def _run_backward(dscores, dpooled, x, base_tile, *rest):
     *rest, backend = rest
-    chosen = pick("route", backend, device=x.device, dtype=x.dtype)
+    chosen = _pick(backend, x, rest[2], rest[4])
     with torch.autocast(x.device.type, enabled=False):
-        return chosen.route_backward(dscores, dpooled, x, *rest)
+        return chosen.route_backward(dscores, dpooled, x, base_tile, *rest)
 
 
 def _fake_backward(dscores, dpooled, x, base_tile, *rest):

@@ -143,10 +143,11 @@ def _check_layer(x, router, gain, offset, eps, weights, biases, activation) -> N
     require(routed == experts, op, "router", f"score the weight's {experts} experts", routed)
 
 
-def _run(x, *rest):
+def _run(x, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
-    chosen = pick("route_grouped_linear", backend, device=x.device, dtype=x.dtype)
-    return chosen.route_grouped_linear(x, *rest)
+    widths = (x.shape[2], sum(w.shape[1] for w in rest[13]))
+    chosen = pick("route_grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
+    return chosen.route_grouped_linear(x, image_of_tile, base_tile, expert, *rest)
 
 
 def _fake(x, image_of_tile, base_tile, expert, *rest):

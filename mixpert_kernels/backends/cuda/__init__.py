@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from mixpert_kernels._build_info import build_info
+from mixpert_kernels import _build_info
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+build_info = functools.cache(_build_info.build_info)  # every call asks, and it reads a file
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,0 +1,55 @@
+"""Which backend ``auto`` tries first where nothing was measured on the device at hand; each row says what it rests on.
+
+One backend for all ops of a chip and dtype, so that a fused op stays bitwise equal to the ops it replaces.
+``mixpert tune`` puts measurements in the place of these rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ANY = "any"
+
+
+class Shipped(NamedTuple):
+    """One row.
+
+    Attributes:
+        chip: ``cpu``, or a name as of ``backends.chips.Chip``, such as ``sm_90``; ``sm_`` stands for every NVIDIA
+            chip that has no row of its own, ``gfx`` for every AMD one.
+        dtype: such as ``float32``, or ``any``.
+        backend: one of ``backends.BACKENDS``.
+        rests_on: ``measured on ...``, or ``not measured yet: ...`` with the reason for the guess.
+    """
+
+    chip: str
+    dtype: str
+    backend: str
+    rests_on: str
+
+
+_UNTRIED = "has been emulated for every chip and run on none, while Triton's compiler is in use on this one"
+# The first row that fits decides.
+ROWS = (
+    Shipped("cpu", "float32", "cpu", "measured on an AMD EPYC (2 cores, AVX-512): README, Measured"),
+    Shipped("cpu", ANY, "cpu", "not measured yet in this dtype: fewer passes over memory, as in float32"),
+    Shipped("sm_100", ANY, "triton", "not measured yet: Triton reaches tcgen05, the CUDA kernels mma.sync alone"),
+    Shipped("sm_103", ANY, "triton", "not measured yet: Triton reaches tcgen05, the CUDA kernels mma.sync alone"),
+    Shipped("sm_", "float32", "triton", "not measured yet: Triton may use TF32 where PyTorch is told to, CUDA never"),
+    Shipped("sm_", ANY, "triton", f"not measured yet: the CUDA backend {_UNTRIED}"),
+    Shipped("gfx", ANY, "triton", "not measured yet: the only backend with kernels for AMD"),
+)  # fmt: skip
+
+
+def shipped(chip: str, dtype: str) -> Shipped | None:
+    """Return the row for a chip and dtype; None if there is none.
+
+    Example:
+        >>> shipped("sm_90", "bfloat16").backend
+        'triton'
+    """
+    for row in ROWS:
+        fits = chip.startswith(row.chip) if row.chip in ("sm_", "gfx") else chip == row.chip
+        if fits and row.dtype in (ANY, dtype):
+            return row
+    return None
