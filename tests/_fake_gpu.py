@@ -1,6 +1,7 @@
-"""A GPU that is not there: fake CUDA tensors go through all host code of the Triton backend, and launches are noted.
+"""A GPU that is not there: fake CUDA tensors go through all host code of a GPU backend, and launches are noted.
 
-Fake tensors have no values, so whatever the host code does is done for every routing; reading a value raises.
+Fake tensors have no values, so whatever the host code does is done for every routing; reading a value raises. ``gpu``
+has the Triton backend and no other, ``cuda_gpu`` (tests/_fake_driver.py) the CUDA one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mixpert_kernels import ops
-from mixpert_kernels.backends.triton import _configs, _launch
+from mixpert_kernels.backends.chips import Chip, nvidia
 
 OPS = [name for name in ops.__all__ if name.islower()]
 ATTENTION = "attention"
@@ -71,7 +72,7 @@ class _Watch(TorchDispatchMode):
 
 
 class FakeGpu:
-    """Made by the fixture ``gpu``."""
+    """A chip of compute capability 9.0 (``arch``)."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
@@ -80,8 +81,8 @@ class FakeGpu:
         self._watch = _Watch(self.launches)
 
     @property
-    def chip(self) -> _configs.Chip:
-        return _configs.nvidia(self.arch, multiprocessors=132)
+    def chip(self) -> Chip:
+        return nvidia(self.arch, multiprocessors=132)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[list[Launch]]:
@@ -129,14 +130,23 @@ class FakeGpu:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    """A chip of compute capability 9.0 (``gpu.arch``), with the Triton backend and no other."""
+    """A GPU with the Triton backend and no other."""
+    made = FakeGpu()
+    with serving(made, "triton", monkeypatch):
+        launcher = importlib.import_module("mixpert_kernels.backends.triton._launch")
+        monkeypatch.setattr(launcher, "launch", made.launch)
+        yield made
+
+
+@contextlib.contextmanager
+def serving(made: FakeGpu, backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All ops on fake CUDA tensors run this backend's host code; its launcher is for the caller to replace."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU: tests/gpu")
-    made = FakeGpu()
-    monkeypatch.setattr("mixpert_kernels.backends.BACKENDS", ("triton",))
+    configs = importlib.import_module(f"mixpert_kernels.backends.{backend}._configs")
+    monkeypatch.setattr("mixpert_kernels.backends.BACKENDS", (backend,))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: divmod(made.arch, 10))
-    monkeypatch.setattr(_configs, "chip", lambda _: made.chip)
-    monkeypatch.setattr(_launch, "launch", made.launch)
+    monkeypatch.setattr(configs, "chip", lambda _: made.chip)
     monkeypatch.setattr(F, "scaled_dot_product_attention", made.attention)
     if not torch.backends.cuda.is_built():  # these two would look for the device
         monkeypatch.setattr(FakeTensor, "__getitem__", _getitem)
@@ -155,7 +165,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
                 if run is not None:
                     _set_fake(name, made.run_on_fakes(run))
                     undo.callback(_set_fake, name, fake)
-        yield made
+        yield
 
 
 def _set_fake(op: str, fake: Any) -> None:

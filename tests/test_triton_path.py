@@ -10,76 +10,23 @@ from collections.abc import Callable, Hashable
 
 import pytest
 import torch
-import transformers
 from _fake_gpu import ATTENTION, FakeGpu, HostWaits, Launch, gpu
-from _towers import KINDS, OUT, WIDTH
-from torch import Tensor, nn
+from _fake_tower import FUSED, forward, ids, make, pixels, segment
+from _towers import WIDTH
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from mixpert_kernels import FusedMixpertTower
 from mixpert_kernels.modules.prenorm import attention
-from mixpert_kernels.routing import Routing
 
 __all__ = ["gpu"]  # a fixture
 
-FUSED = ("siglip", "clip", "dinov2", "vit")
-SO400M = {
-    "hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "num_hidden_layers": 3,
-    "image_size": 378, "patch_size": 14, "vision_use_head": False,
-}  # fmt: skip
 LAYER = [
     "_grouped_layer_norm_kernel", "_grouped_linear_kernel", ATTENTION, "_grouped_linear_kernel",
     "_grouped_layer_norm_kernel", "_grouped_linear_kernel", "_grouped_linear_kernel",
 ]  # fmt: skip
 PROJECTOR = ["_grouped_linear_kernel"] * 2
-
-
-def make(gpu: FakeGpu, kind: str = "siglip", *, layers: int = 2, **options: object):
-    """A tower of fake parameters."""
-    fields = SO400M if kind == "so400m" else KINDS[kind].fields
-    row = KINDS["siglip" if kind == "so400m" else kind]
-    config = getattr(transformers, row.config)(**fields)
-    width, out = (1152, 3584) if kind == "so400m" else (WIDTH, OUT)
-    with torch.device("meta"):
-        model = getattr(transformers, row.model)(config)
-        projector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-        options = {"num_experts": 4, "expert_layers": layers, **options}
-        tower = FusedMixpertTower.from_vision_model(model, projector, **options)
-    return gpu.move(tower.eval())
-
-
-def pixels(gpu: FakeGpu, tower: FusedMixpertTower, batch: int) -> Tensor:
-    size = tower.config.vision_config.image_size
-    return gpu.empty(batch, 3, size, size)
-
-
-def ids(gpu: FakeGpu, count: int) -> Tensor:
-    return gpu.empty(count, dtype=torch.int64)
-
-
-def segment(gpu: FakeGpu, tower: FusedMixpertTower, batch: int, tokens: int = 17) -> list[str]:
-    """Names of what the expert segment launches, its routing given."""
-    width = tower.config.vision_config.hidden_size
-    x = gpu.empty(batch, tokens, width)
-    given = (
-        gpu.empty(size, dtype=torch.int32) for size in (batch, batch, tower.config.num_experts + 1)
-    )
-    with gpu.running() as launches, torch.no_grad():
-        tower.expert_segment(x, Routing(*given))
-    return [launch.name for launch in launches]
-
-
-def forward(gpu: FakeGpu, tower: FusedMixpertTower, batch: int, **call: object) -> list[Launch]:
-    """What a whole forward launches after the trunk."""
-    images = pixels(gpu, tower, batch)
-    with torch.no_grad():
-        with gpu.running() as launches:
-            tower.trunk_features(images)
-            trunk = len(launches)
-        with gpu.running() as launches:
-            tower(images, **call)
-            return launches[trunk:]
 
 
 # What the watch itself is worth.
