@@ -1,12 +1,16 @@
 """Compile mixpert_kernels._C where nvcc is found, and record what was built or why nothing was.
 
-Used by setup.py alone. It imports the standard library and setuptools; ninja and pybind11 only
-once there is something to compile. The extension links the CUDA runtime statically, and no path is
-derived from nvcc's place, which may be that of a wrapper script.
+Used by setup.py. It imports the standard library and setuptools; ninja and pybind11 only once there
+is something to compile. The extension links the CUDA runtime statically, and no path is derived from
+nvcc's place, which may be that of a wrapper script.
+
+``python csrc/build_extension.py --objects all`` compiles to objects in build/objects and links and
+installs nothing; warnings are errors there. A new compiler's new warning must not fail an install.
 
 Environment:
     MIXPERT_SKIP_CUDA=1: compile nothing.
     MIXPERT_CUDA_ARCHS: "80;90a", "80+PTX" or "all"; otherwise the GPUs that nvidia-smi shows.
+    MIXPERT_COMPILER_LAUNCHER: a program that runs each compiler, such as "ccache".
     CUDA_HOME, PATH: where nvcc is looked for, in this order.
     CXX: the C++ compiler; otherwise c++, g++ or clang++.
     MAX_JOBS: how many compilers run at a time.
@@ -14,6 +18,7 @@ Environment:
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -22,19 +27,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from build_rules import ROOT, SOURCES, Toolchain, ninja_lines, units  # noqa: F401
+
 NAME = "mixpert_kernels._C"
-SOURCES = [
-    "csrc/bindings.cpp",
-    *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu")),
-]
 # sm_80 code serves 86 and 89, and its PTX every later chip that has no code of its own.
 ALL_ARCHS = ("80+PTX", "90a", "100", "120")
 DEFAULT_ARCHS = ("80+PTX",)
@@ -43,20 +44,6 @@ LOG_LINES = 40
 
 class NoExtension(Exception):
     """A reason to install without the extension. Not an error."""
-
-
-@dataclass(frozen=True)
-class Toolchain:
-    """The compilers and what they are to compile for."""
-
-    nvcc: str
-    cxx: tuple[str, ...]
-    archs: tuple[str, ...]
-
-    @property
-    def host_compiler(self) -> str:
-        """The compiler's own path, without a launcher such as ccache and without options."""
-        return next(word for word in reversed(self.cxx) if not word.startswith("-"))
 
 
 class BuildExtension(build_ext):
@@ -113,7 +100,7 @@ def find_toolchain() -> Toolchain:
 
     Raises:
         NoExtension: There is nothing to compile with, or it is not wanted.
-        CompileError: ``MIXPERT_CUDA_ARCHS`` cannot be read.
+        CompileError: ``MIXPERT_CUDA_ARCHS`` or ``MIXPERT_COMPILER_LAUNCHER`` cannot be read.
     """
     if os.environ.get("MIXPERT_SKIP_CUDA") == "1":
         raise NoExtension("MIXPERT_SKIP_CUDA=1")
@@ -125,7 +112,19 @@ def find_toolchain() -> Toolchain:
     nvcc = nvcc or shutil.which("nvcc")
     if nvcc is None:
         raise NoExtension("nvcc was found neither in CUDA_HOME nor on PATH")
-    return Toolchain(nvcc, _find_cxx(), find_archs())
+    return Toolchain(nvcc, _find_cxx(), find_archs(), _find_launcher())
+
+
+def _find_launcher() -> tuple[str, ...]:
+    words = shlex.split(os.environ.get("MIXPERT_COMPILER_LAUNCHER", ""))
+    if not words:
+        return ()
+    found = shutil.which(words[0])
+    if not found:
+        raise CompileError(
+            f"build: MIXPERT_COMPILER_LAUNCHER must name a program, got {shlex.join(words)!r}"
+        )
+    return (found, *words[1:])
 
 
 def _find_cxx() -> tuple[str, ...]:
@@ -171,7 +170,7 @@ def describe(toolchain: Toolchain) -> dict[str, object]:
 
 
 def compile_extension(toolchain: Toolchain, folder: Path) -> Path:
-    """Run ninja in ``folder``; files that did not change are not compiled again.
+    """Compile what changed and link.
 
     Returns:
         The library's path.
@@ -179,6 +178,24 @@ def compile_extension(toolchain: Toolchain, folder: Path) -> Path:
     Raises:
         CompileError: A compiler failed; the message ends with the tail of its log.
     """
+    _run_ninja(toolchain, folder, "_C.so", strict=False)
+    return folder / "_C.so"
+
+
+def compile_objects(toolchain: Toolchain, folder: Path) -> list[Path]:
+    """Compile what changed to objects, with warnings as errors, and drop objects without a source.
+
+    Returns:
+        The objects' paths.
+    """
+    _run_ninja(toolchain, folder, "objects", strict=True)
+    made = [folder / name for _, name, _ in units(toolchain.archs)]
+    for old in set(folder.glob("*.o")) - set(made):
+        old.unlink()
+    return made
+
+
+def _run_ninja(toolchain: Toolchain, folder: Path, target: str, *, strict: bool) -> None:
     try:
         import ninja
         import pybind11
@@ -187,9 +204,9 @@ def compile_extension(toolchain: Toolchain, folder: Path) -> Path:
         raise CompileError(f"build: {error}; {wanted}, or set MIXPERT_SKIP_CUDA=1") from None
     folder.mkdir(parents=True, exist_ok=True)
     includes = [pybind11.get_include(), sysconfig.get_path("include")]
-    rules = "\n".join(ninja_lines(toolchain, folder, includes)) + "\n"
+    rules = "\n".join(ninja_lines(toolchain, includes, strict=strict)) + "\n"
     (folder / "build.ninja").write_text(rules, encoding="utf-8")
-    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-v"]
+    command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-v", target]
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -198,46 +215,6 @@ def compile_extension(toolchain: Toolchain, folder: Path) -> Path:
         tail = "\n".join(done.stdout.splitlines()[-LOG_LINES:])
         hint = "set MIXPERT_SKIP_CUDA=1 to install without it"
         raise CompileError(f"build: {toolchain.nvcc} failed ({hint}). The log ends:\n{tail}")
-    return folder / "_C.so"
-
-
-def ninja_lines(toolchain: Toolchain, folder: Path, includes: list[str]) -> Iterator[str]:
-    """Yield build.ninja: one object a source, then the link, done by nvcc too."""
-    nvcc = [toolchain.nvcc, "-ccbin", toolchain.host_compiler, *arch_flags(toolchain.archs)]
-    compile_cu = [*nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    compile_cpp = [*toolchain.cxx, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
-    compile_cpp += [f"-isystem{path}" for path in includes]
-    # The static runtime's symbols stay inside: torch brings a CUDA runtime of its own.
-    link = [*nvcc, "-shared", "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
-    for rule, command, rest in (
-        ("cu", compile_cu, "-MD -MF $out.d -c $in -o $out"),
-        ("cpp", compile_cpp, "-MD -MF $out.d -c $in -o $out"),
-        ("link", link, "$in -o $out"),
-    ):
-        yield f"rule {rule}"
-        yield f"  command = {shlex.join(command).replace('$', '$$')} {rest}"
-        if rule != "link":
-            yield from ("  deps = gcc", "  depfile = $out.d")
-    objects = []
-    for source in SOURCES:
-        path = ROOT / source
-        objects.append(f"{path.stem}{path.suffix.replace('.', '_')}.o")
-        yield f"build {objects[-1]}: {path.suffix[1:]} {_escape(path)}"
-    yield f"build _C.so: link {' '.join(objects)}"
-
-
-def arch_flags(archs: tuple[str, ...]) -> Iterator[str]:
-    """Yield nvcc's flags: code for each architecture, and PTX where it says ``+PTX``."""
-    for arch in archs:
-        chip = arch.removesuffix("+PTX")
-        yield f"-gencode=arch=compute_{chip},code=sm_{chip}"
-        if arch.endswith("+PTX"):
-            yield f"-gencode=arch=compute_{chip},code=compute_{chip}"
-
-
-def _escape(path: Path) -> str:
-    """Escape a path for a ninja build line; ninja itself quotes it for the shell."""
-    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _output(command: list[str]) -> str:
@@ -247,3 +224,23 @@ def _output(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout if done.returncode == 0 else ""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile to objects; the exit status is 1 where nothing can be compiled."""
+    parser = argparse.ArgumentParser(description="Compile csrc/ to objects; install nothing.")
+    parser.add_argument("--objects", required=True, metavar="ARCHS", help='"all" or "80;90a"')
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "objects")
+    args = parser.parse_args(argv)
+    os.environ["MIXPERT_CUDA_ARCHS"] = args.objects
+    try:
+        made = compile_objects(find_toolchain(), args.folder)
+    except (NoExtension, CompileError) as error:
+        print(f"nothing compiled: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(made)} objects in {args.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """setup.py in every situation: with and without nvcc, without a C++ compiler, with a broken nvcc.
 
 Each test builds a copy of the build files into a temporary folder. Every build runs with torch,
-triton, transformers and numpy made impossible to import.
+triton, transformers and numpy made impossible to import. What ninja is told: tests/test_build_rules.py.
 """
 
 from __future__ import annotations
@@ -11,74 +11,37 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from _build_tree import ROOT, Tree
 
 from mixpert_kernels._build_info import BuildInfo, __version__, build_info, cuda_facts
 
-ROOT = Path(__file__).resolve().parent.parent
-RUN_SETUP = """
-import runpy, sys
-for name in ("torch", "triton", "transformers", "numpy"):
-    sys.modules[name] = None  # importing it is now an ImportError
-sys.argv = ["setup.py", *sys.argv[1:]]
-runpy.run_path("setup.py", run_name="__main__")
+ARCHS = {"MIXPERT_CUDA_ARCHS": "80;90a+PTX"}
+# Of the trees in the arguments, in turn: import the package there and print what `mixpert info` says of the extension.
+ASK = """
+import contextlib, io, os, sys
+import torch, transformers
+for root in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.path.insert(0, root)
+        import mixpert_kernels
+        from mixpert_kernels import cli
+        assert mixpert_kernels.__file__.startswith(root), mixpert_kernels.__file__
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            status = cli.main(["info"])
+        print(root, *out.getvalue().partition("compiled extension")[2].split(), sep=" ", flush=True)
+        os._exit(status)
+    assert os.wait()[1] == 0
 """
 needs_sources = pytest.mark.skipif(
     not (ROOT / "setup.py").exists(), reason="the build files are not beside the tests"
 )
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 pytestmark = needs_sources
-
-
-class Tree:
-    """A copy of the build files with a package that holds next to nothing."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        package = root / "mixpert_kernels"
-        package.mkdir(parents=True)
-        for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
-            shutil.copy(ROOT / name, root)
-        shutil.copytree(ROOT / "csrc", root / "csrc", ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "mixpert_kernels" / "_build_info.py", package)
-        (package / "__init__.py").touch()
-        (root / "README.md").touch()
-        self.bin = root / "bin"
-        self.bin.mkdir()
-        self.package = root / "out" / "mixpert_kernels"
-
-    def command(self, name: str, script: str) -> None:
-        """Put a shell script on the builds' PATH."""
-        path = self.bin / name
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-
-    def build(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """Run setup.py; PATH holds the scripts alone unless it is given."""
-        command = command or ("build_ext", "--build-lib", "out")
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MIXPERT_", "CUDA"))}
-        inherited.pop("CXX", None)
-        return subprocess.run(
-            [sys.executable, "-c", RUN_SETUP, *command],
-            cwd=self.root,
-            env={**inherited, "PATH": str(self.bin), **environment},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    def info(self) -> BuildInfo:
-        return build_info(self.package / "_build.json")
-
-    def libraries(self) -> list[Path]:
-        return sorted(self.package.glob("_C*"))
-
-    def leave_old_library(self) -> None:
-        self.package.mkdir(parents=True, exist_ok=True)
-        (self.package / "_C.cpython-39-x86_64-linux-gnu.so").write_text("old")
 
 
 @pytest.fixture
@@ -89,8 +52,9 @@ def tree(tmp_path: Path) -> Tree:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     tree = Tree(tmp_path_factory.mktemp("compiled") / "a tree")
+    tree.kernel("twice")
     tree.leave_old_library()
-    done = tree.build(PATH=os.environ["PATH"], MIXPERT_CUDA_ARCHS="80;90a+PTX")
+    done = tree.build(PATH=os.environ["PATH"], **ARCHS)
     assert done.returncode == 0, done.stdout + done.stderr
     return tree
 
@@ -230,8 +194,32 @@ except RuntimeError as error:
 
 
 @needs_nvcc
+def test_a_kernel_is_registered_and_says_what_it_takes(compiled: Tree) -> None:
+    answer = call_extension(compiled, "print(_C.kernels())")
+    facts = "threads=128;shared_bytes=0;block=128;P x;P y;i n;"
+    assert answer == str({"twice": (facts, 24)})
+
+
+@needs_nvcc
+def test_a_launch_without_a_driver_an_unknown_kernel_and_arguments_of_another_size(
+    compiled: Tree,
+) -> None:
+    code = """
+for name, args in (("twice", bytes(24)), ("thrice", bytes(24)), ("twice", bytes(20))):
+    try:
+        _C.launch(name, 1000, 0, 1, args)
+    except Exception as error:
+        print(type(error).__name__, error, sep=": ")
+"""
+    refused, unknown, size = call_extension(compiled, code).splitlines()
+    assert refused.startswith("RuntimeError: cuda")
+    assert unknown == "ValueError: this build has no kernel thrice"
+    assert size == "ValueError: twice takes 24 bytes of arguments, got 20"
+
+
+@needs_nvcc
 def test_second_build_compiles_nothing(compiled: Tree) -> None:
-    done = compiled.build(PATH=os.environ["PATH"], MIXPERT_CUDA_ARCHS="80;90a+PTX")
+    done = compiled.build(PATH=os.environ["PATH"], **ARCHS)
     assert done.returncode == 0, done.stderr
     assert "no work to do" in done.stdout
     assert len(compiled.libraries()) == 1
@@ -239,12 +227,77 @@ def test_second_build_compiles_nothing(compiled: Tree) -> None:
 
 @needs_nvcc
 def test_in_place_build_puts_the_library_into_the_source_tree(compiled: Tree) -> None:
-    archs = {"MIXPERT_CUDA_ARCHS": "80;90a+PTX"}
-    done = compiled.build("build_ext", "--inplace", PATH=os.environ["PATH"], **archs)
+    done = compiled.build("build_ext", "--inplace", PATH=os.environ["PATH"], **ARCHS)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in (compiled.root / "mixpert_kernels").iterdir()}
     assert "_build.json" in names
     assert any(name.startswith("_C.") for name in names)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict:
+    """What `mixpert info` says of the extension, with the package itself, in each of the four situations."""
+    trees = {
+        name: Tree(tmp_path_factory.mktemp("answers") / name) for name in ("skip", "nvcc", "c++")
+    }
+    trees["skip"].command("nvcc", "exit 1")
+    trees["c++"].command("nvcc", "exit 1")
+    built = {"skip": trees["skip"].build(MIXPERT_SKIP_CUDA="1")}
+    built |= {name: trees[name].build() for name in ("nvcc", "c++")}
+    assert [done.returncode for done in built.values()] == [0, 0, 0]
+    if shutil.which("nvcc"):
+        trees["compiled"] = request.getfixturevalue("compiled")
+    places = {}
+    for name, tree in trees.items():
+        place = tmp_path_factory.mktemp("package")
+        (place / "mixpert_kernels").mkdir()
+        for path in (ROOT / "mixpert_kernels").iterdir():
+            if path.name != "_build.json" and not path.name.startswith("_C."):
+                (place / "mixpert_kernels" / path.name).symlink_to(path)
+        for path in tree.package.iterdir():
+            shutil.copy(path, place / "mixpert_kernels")
+        places[str(place)] = name
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, *places], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    said = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    return {name: said[place] for place, name in places.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux only")
+@pytest.mark.parametrize(
+    ("situation", "expected"),
+    [
+        ("skip", "none: MIXPERT_SKIP_CUDA=1"),
+        ("nvcc", "none: nvcc was found neither in CUDA_HOME nor on PATH"),
+        ("c++", "none: no C++ compiler was found (c++, g++, clang++)"),
+        pytest.param("compiled", "architectures 80, 90a+PTX nvcc ", marks=needs_nvcc),
+    ],
+)
+def test_the_package_imports_and_info_says_why(
+    answers: dict, situation: str, expected: str
+) -> None:
+    assert answers[situation].startswith(expected)
+    assert situation != "compiled" or "CUDA runtime" in answers[situation]
+
+
+def test_sdist_holds_every_file_of_the_repository(tree: Tree) -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("there is no git repository around the tests")
+    names = [name for name in listed.stdout.splitlines() if not name.startswith(".")]
+    for name in names:
+        place = tree.root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.touch()
+    done = tree.build("sdist", MIXPERT_SKIP_CUDA="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tree.root / "dist").glob("*.tar.gz")
+    with tarfile.open(path) as sdist:
+        held = {name.partition("/")[2] for name in sdist.getnames()}
+    assert set(names) - held == set()
+    assert not [name for name in held if name.endswith((".so", "_build.json"))]
 
 
 def test_wheel_holds_a_fresh_record_and_no_sources(tree: Tree) -> None:
