@@ -1,0 +1,98 @@
+"""grouped_layer_norm and its backward: rows by warps, gradients of gain and offset in parts, added without atomics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _configs, _launch
+from ._operands import aligned_rows, cdiv, rows_dense, strides
+from ._reduce import sums_by_expert
+
+
+def grouped_layer_norm(
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (E, D)
+    bias: Tensor | None,  # (E, D)
+    expert: Tensor,  # (B,) int32
+    order: Tensor,
+    offsets: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1) float32, rstd (B, T, 1) float32
+    batch, tokens, width = x.shape
+    kernel = f"grouped_layer_norm_{_configs.SUFFIX[x.dtype]}"
+    facts = _launch.kernels()[kernel]
+    if not vectors(x):
+        kernel += "_any"
+    elif width > facts.constants["widest"]:
+        kernel += "_wide"
+    x = _rows(x)
+    y = x.new_empty(x.shape)
+    mean = x.new_empty(batch, tokens, 1, dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    args = {
+        "x": x,
+        "weight": _rows(weight).contiguous(),
+        "bias": None if bias is None else _rows(bias).contiguous(),
+        "y": y,
+        "mean": mean,
+        "rstd": rstd,
+        "expert": expert,
+        **strides("stride_x{}", x, "bt"),
+        "tokens": tokens,
+        "width": width,
+        "eps": eps,
+    }
+    rows = _launch.kernels()[kernel].constants["rows"]
+    _launch.launch(kernel, batch * cdiv(tokens, rows), args)
+    return y, mean, rstd
+
+
+def grouped_layer_norm_backward(
+    dy: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (E, D)
+    bias: Tensor | None,  # (E, D)
+    mean: Tensor,  # (B, T, 1) float32
+    rstd: Tensor,  # (B, T, 1) float32
+    expert: Tensor,  # (B,) int32
+    order: Tensor,  # (B,) int32
+    offsets: Tensor,  # (E + 1,) int32
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
+    batch, tokens, width = x.shape
+    kernel = f"grouped_layer_norm_backward_{_configs.SUFFIX[x.dtype]}"
+    if not vectors(x):
+        kernel += "_any"
+    chunks = cdiv(tokens, _launch.kernels()[kernel].constants["tokens"])
+    dy, x = _rows(dy), _rows(x)
+    dx = x.new_empty(x.shape)
+    widths = [width] if bias is None else [width, width]
+    parts = x.new_empty(batch, chunks, sum(widths), dtype=torch.float32)
+    args = {
+        "dy": dy,
+        "x": x,
+        "weight": _rows(weight).contiguous(),
+        "mean": mean.contiguous(),
+        "rstd": rstd.contiguous(),
+        "dx": dx,
+        "parts": parts,
+        "expert": expert,
+        **strides("stride_g{}", dy, "bt"),
+        **strides("stride_x{}", x, "bt"),
+        "tokens": tokens,
+        "width": width,
+        "has_bias": bias is not None,
+    }
+    _launch.launch(kernel, batch * chunks, args)
+    grads = sums_by_expert(parts, widths, order, offsets, weight.shape[0], weight.dtype)
+    return dx, grads[0], weight.new_empty(0) if bias is None else grads[1]
+
+
+def vectors(x: Tensor) -> bool:
+    """Whether rows as wide as these fill 16-byte vectors: it decides the order of their sums, so no address may."""
+    return x.shape[-1] * x.element_size() % 16 == 0
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Rows as the kernel reads them."""
+    return aligned_rows(x) if vectors(x) else rows_dense(x)
