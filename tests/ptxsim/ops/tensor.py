@@ -379,7 +379,9 @@ def wmma_mma(d: Decoder, ins: Instr) -> Op:
 # ------------------------------------------------------------------------- wgmma
 @op("wgmma.fence")
 def wgmma_fence(d: Decoder, ins: Instr) -> Op:
-    return d.mem(ins, lambda g, m: None, "fence", CONV, -1)
+    def run(g: Any, mask: Mask) -> None:
+        g.cta.wgmma_fenced[g.wlo:g.whi] = True
+    return d.mem(ins, run, "fence", CONV, -1)
 
 
 @op("wgmma.commit_group")
@@ -419,6 +421,8 @@ def _retire(cta: Any, warp: int, before: int) -> None:
                 continue
         rest.append(item)
     cta.wgmma_pending = rest
+    if not any(item.wlo == warp for item in rest):
+        cta.wgmma_fenced[warp] = False                   # the registers may be used otherwise now
 
 
 def wgmma_complete_some(cta: Any) -> None:
@@ -503,6 +507,8 @@ def wgmma(d: Decoder, ins: Instr) -> Op:
         _full_warps(g, mask)
         cta, V = g.cta, g.v
         st = cta.launch.stats
+        if not cta.wgmma_fenced[g.wlo:g.whi].all():
+            g.fail(ExecutionError, 0, "wgmma without a wgmma.fence since the start or the wait for all earlier ones")
         for i in range(g.nw):
             issue(g, cta, V, i)
         st.wgmma_instructions += g.nw
