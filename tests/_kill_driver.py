@@ -12,6 +12,7 @@ machine moves a kill between its two marks and never past them, so that all of a
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -27,8 +28,11 @@ from typing import NamedTuple
 import torch
 from _recipes import recipe, rows, weights
 
-import mixpert_kernels.hf.heads  # noqa: F401, what train would import
 from mixpert_kernels.training import Recipe, run, train
+
+# What train imports when it needs it; most of a child's time where each has to do so itself.
+LATE = ("mixpert_kernels.hf.heads", "matplotlib.figure", "matplotlib.backends.backend_agg")
+LATE += ("torch.utils.tensorboard",)
 
 
 class Mark(NamedTuple):
@@ -182,6 +186,9 @@ def trial(root: Path, marks: list[Mark], number: int, share: float) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)  # before any work: a fork takes no threads along
+    for name in LATE:
+        with contextlib.suppress(ImportError):  # optional ones
+            importlib.import_module(name)
     root, seed = Path(sys.argv[1]), int(sys.argv[2])
     Child(recipe(root, "warm"), root / "warm.log", watched=False).end()
     marks = whole_run(root)
