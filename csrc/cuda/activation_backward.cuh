@@ -109,26 +109,6 @@ struct LaneColumns {
   }
 };
 
-// The elementwise part for one token: dy to dz.
-template <int kVector>
-struct Differentiate {
-  float (&dz)[kVector];
-  const float (&pre)[kVector];
-  const float (&scale)[kVector];
-  float (&dscale)[kVector];
-  bool scaled, sums_scale;
-
-  template <Activation kActivation>
-  __device__ void operator()() const {
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      if (sums_scale) dscale[j] += dz[j] * activate<kActivation>(pre[j]);
-      if (scaled) dz[j] *= scale[j];
-      if (kActivation != kNone) dz[j] *= activate_grad<kActivation>(pre[j]);
-    }
-  }
-};
-
 template <class Config, typename T>
 __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args) {
   constexpr int kVector = Config::kVector;
@@ -141,12 +121,19 @@ __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args)
   float scale[kVector];
   if (args.scale) columns.load(args.scale + (long long)args.expert[b] * args.width, scale);
   float dz[kVector], pre[kVector], bias[kVector] = {}, dscale[kVector] = {};
-  const Differentiate<kVector> differentiate{dz, pre, scale, dscale, args.scale != nullptr, args.dscale != nullptr};
   const int end = min(args.tokens, (chunk + 1) * Config::kChunk);
   for (int t = chunk * Config::kChunk + threadIdx.x / 32; t < end; t += Config::kWarps) {
     columns.load(args.dy + b * args.stride_yb + t * args.stride_yt, dz);
     if (args.pre) columns.load(args.pre + b * args.stride_pb + t * args.stride_pt, pre);
-    with_activation(args.activation, differentiate);
+    with_activation(args.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::value;
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        if (args.dscale) dscale[j] += dz[j] * activate<kActivation>(pre[j]);
+        if (args.scale) dz[j] *= scale[j];
+        if (kActivation != kNone) dz[j] *= activate_grad<kActivation>(pre[j]);
+      }
+    });
 #pragma unroll
     for (int j = 0; j < kVector; ++j) bias[j] += dz[j];
     if (args.dz) columns.store(args.dz + b * args.stride_zb + t * args.stride_zt, dz);
