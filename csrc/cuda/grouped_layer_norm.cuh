@@ -25,8 +25,8 @@ struct GroupedLayerNormArgs {
 #undef FIELDS
 };
 
-// A row of this kernel: kWarpsARow = 1 keeps it in registers; more warps serve wider rows, and with kCount = 1 rows whose
-// starts are no multiples of 16 bytes.
+// Who normalises a row: one warp keeps it in registers; more serve wider rows, and with kCount = 1 rows whose starts
+// are no multiples of 16 bytes.
 template <int kCountIn, int kWarpsARowIn>
 struct LayerNormConfig {
   static constexpr int kCount = kCountIn;  // 0: as many numbers as 16 bytes hold
@@ -44,7 +44,7 @@ using LayerNormAnyRows = LayerNormConfig<1, 4>;
 // y[b, t, d] = (x[b, t, d] - mean[b, t]) rstd[b, t] w[e, d] + c[e, d]     with e = expert[b]
 // mean[b, t] = sum_d x[b, t, d] / D,  rstd[b, t] = (sum_d (x[b, t, d] - mean[b, t])^2 / D + eps)^-1/2
 //
-// One block normalises kRows tokens of one tile. Grid: B * cdiv(T, kRows).
+// One block normalises kRows tokens of one tile. Grid: B * ceil_div(T, kRows).
 template <class Config, typename T>
 __device__ __forceinline__ void grouped_layer_norm_block(const GroupedLayerNormArgs<T>& args) {
   constexpr int kRows = Config::kRows, kCount = Config::kCount ? Config::kCount : Vector<T>::kSize;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void layer_norm_dx(const T* dy, const T* x, const T* 
 // parts[b, s, d] = sum_t dy h,  parts[b, s, D + d] = sum_t dy     over the tokens t of chunk s, in their order
 //
 // One block takes chunk s of one tile, kTokens tokens: first a warp a row for dx, then a thread a few columns for the
-// parts, which another kernel adds in batch order. Grid: B * cdiv(T, kTokens).
+// parts, which another kernel adds in batch order. Grid: B * ceil_div(T, kTokens).
 template <class Config, typename T>
 __device__ __forceinline__ void grouped_layer_norm_backward_block(const GroupedLayerNormBackwardArgs<T>& args) {
   constexpr int kCount = Config::kCount ? Config::kCount : Vector<T>::kSize;

@@ -1,11 +1,12 @@
-// Routing: pool an image's base tile, score it, decide, sort the tiles by expert. The launch that only routes and the one
-// that also normalises and multiplies share this code, and agree bit for bit: every sum has one order, whatever the
+// Routing: pool an image's base tile, score it, decide, sort the tiles by expert. The launch that only routes and the
+// one that also normalises and multiplies share this code, and agree bit for bit: every sum has one order, whatever the
 // number of threads, and none is left for the compiler to contract.
 #pragma once
 
 #include "activations.cuh"
 #include "kernel.cuh"
 #include "rows.cuh"
+#include "schedule.cuh"
 #include "sync.cuh"
 
 namespace mixpert {
@@ -28,7 +29,7 @@ enum Rule { kDirect, kThreshold, kRunnerUp, kVersatile };  // the last two: refe
   FIELD(int*, expert)                        /* (B,) */                                    \
   FIELD(int*, order)                         /* (B,) */                                    \
   FIELD(int*, offsets)                       /* (E + 1,) */                                \
-  FIELD(float*, partials)                    /* (I, S, D), S = cdiv(T, kPoolRows) */       \
+  FIELD(float*, partials)                    /* (I, S, D), S = ceil_div(T, kPoolRows) */       \
   FIELD(float*, vectors)                     /* (I, D + H + E) */                          \
   FIELD(int*, arrived)                       /* (I,) zeros: row blocks pooled */           \
   FIELD(int*, scored)                        /* (1,) zero: images scored */                \
@@ -45,8 +46,6 @@ enum Rule { kDirect, kThreshold, kRunnerUp, kVersatile };  // the last two: refe
 constexpr int kPoolRows = 32;  // rows a block pools: 23 blocks an image of 729 tokens
 constexpr int kScorers = 128;  // threads that add up a vector; every kernel that scores has as many
 constexpr int kVectors = 2048;  // floats of shared memory for an image's vectors; longer ones lie in global memory
-
-__device__ __forceinline__ int cdiv(int a, int b) { return (a + b - 1) / b; }
 
 // partial[d] = sum of x[t, d] over `rows` rows, at most kPoolRows: row t adds to sum t % 4, and these pairwise.
 template <int kCount, int kThreads, typename T>
@@ -70,7 +69,9 @@ __device__ __forceinline__ void pool_columns(const T* x, float* partial, int row
       }
     }
 #pragma unroll
-    for (int c = 0; c < kCount; ++c) v[c] = __fadd_rn(__fadd_rn(sums[0][c], sums[2][c]), __fadd_rn(sums[1][c], sums[3][c]));
+    for (int c = 0; c < kCount; ++c) {
+      v[c] = __fadd_rn(__fadd_rn(sums[0][c], sums[2][c]), __fadd_rn(sums[1][c], sums[3][c]));
+    }
     store_floats(partial + d, v);
   }
 }
@@ -81,7 +82,7 @@ __device__ __forceinline__ void pool_block(const Args& args, int image, int bloc
   constexpr int kVector = Vector<T>::kSize;
   const long long tile = args.base_tile ? args.base_tile[image] : image;
   const T* x = args.x + tile * args.stride_xb + static_cast<long long>(block) * kPoolRows * args.stride_xt;
-  const long long place = static_cast<long long>(image) * cdiv(args.tokens, kPoolRows) + block;
+  const long long place = static_cast<long long>(image) * ceil_div(args.tokens, kPoolRows) + block;
   float* partial = args.partials + place * args.width;
   const int rows = min(args.tokens - block * kPoolRows, kPoolRows);
   const bool vectors =
@@ -126,8 +127,9 @@ __device__ __forceinline__ void router_linear(const float* v, const P* weight, c
 template <int kThreads, typename P, class Args>
 __device__ __forceinline__ float* score_image(const Args& args, int image, float* vectors, float* sums) {
   static_assert(kThreads >= kScorers);
-  const int width = args.width, blocks = cdiv(args.tokens, kPoolRows);
-  const P *gain = static_cast<const P*>(args.router_norm_weight), *offset = static_cast<const P*>(args.router_norm_bias);
+  const int width = args.width, blocks = ceil_div(args.tokens, kPoolRows);
+  const P* gain = static_cast<const P*>(args.router_norm_weight);
+  const P* offset = static_cast<const P*>(args.router_norm_bias);
   const float* partial = args.partials + static_cast<long long>(image) * blocks * width;
   float *h = vectors, *hidden = h + width, *logits = hidden + args.hidden;
   for (int d = threadIdx.x; d < width; d += kThreads) {
@@ -258,7 +260,7 @@ struct RouteShared {
 // What the last row block of an image does: score, decide, and for the last image sort. Others return at once.
 template <int kThreads, typename T, class Args>
 __device__ __forceinline__ void finish_image(const Args& args, int image, RouteShared& shared) {
-  if (!last_to_arrive(args.arrived + image, cdiv(args.tokens, kPoolRows), &shared.said)) return;
+  if (!last_to_arrive(args.arrived + image, ceil_div(args.tokens, kPoolRows), &shared.said)) return;
   const int size = args.width + args.hidden + args.experts;
   float* vectors = size <= kVectors ? shared.vectors : args.vectors + static_cast<long long>(image) * size;
   float* logits = args.router_floats ? score_image<kThreads, float>(args, image, vectors, shared.sums)
@@ -297,12 +299,12 @@ struct RouteConfig {
 
 // p[i] = mean_t x[base_tile[i], t];  scores[i] = softmax(router(p[i]));  the rule's expert of i serves all its tiles
 //
-// One block adds kPoolRows rows of one image's base tile. Grid: I * S with S = cdiv(T, kPoolRows). Nobody waits: the last
-// block of an image to arrive scores it, and the last image to be scored writes expert, order and offsets.
+// One block adds kPoolRows rows of one image's base tile. Grid: I * S with S = ceil_div(T, kPoolRows). Nobody waits:
+// the last block of an image to arrive scores it, and the last image to be scored writes expert, order and offsets.
 template <class Config, typename T>
 __device__ __forceinline__ void route_block(const RouteArgs<T>& args) {
   __shared__ RouteShared shared;
-  const int blocks = cdiv(args.tokens, kPoolRows);
+  const int blocks = ceil_div(args.tokens, kPoolRows);
   const int image = blockIdx.x / blocks;
   pool_block<Config::kThreads, T>(args, image, blockIdx.x % blocks);
   finish_image<Config::kThreads, T>(args, image, shared);

@@ -1,9 +1,9 @@
 // Rows of numbers and their LayerNorm: what every kernel that normalises shares, so that all agree bit for bit.
 //
-// A row is summed by one warp: lane l holds numbers (32 i + l) V to (32 i + l) V + V - 1 for i = 0, 1, ..., with V numbers
-// to 16 bytes. V neighbours are added pairwise, a lane's sums in the order of i, the lanes' by a butterfly. Every product
-// and sum is spelled out, and none is left for the compiler to contract: what a row gives depends neither on the kernel
-// nor on where the row lies.
+// A row is summed by one warp: lane l holds numbers (32 i + l) V to (32 i + l) V + V - 1 for i = 0, 1, ..., with V
+// numbers to 16 bytes. V neighbours are added pairwise, a lane's sums in the order of i, the lanes' by a butterfly.
+// Every product and sum is spelled out, none is left for the compiler to contract: what a row gives depends neither on
+// the kernel nor on where the row lies.
 #pragma once
 
 #include <type_traits>

@@ -1,7 +1,7 @@
 // How blocks of one launch pass data on: counters raised with release and read with acquire.
 //
-// A release speaks for the stores of its own thread, and for those of others only behind a barrier: so every one here is
-// behind __syncthreads(), and the barrier that follows an acquire lets the whole block see what it saw. What is read
+// A release speaks for the stores of its own thread, and for those of others only behind a barrier: so every one here
+// is behind __syncthreads(), and the barrier that follows an acquire lets the whole block see what it saw. What is read
 // behind an acquire was written in this launch: plain loads or cp.async, never the read-only path nor TMA.
 #pragma once
 
