@@ -8,6 +8,8 @@
 // says that the next tile has landed, and that all warps have left the buffer that is filled next.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.cuh"
 
 namespace mixpert {
@@ -38,9 +40,10 @@ struct TensorCoreLoop {
   // Adds `tiles` tiles of k. All threads of the block call this, once or several times with the same acc; afterwards
   // shared memory is free and the source spent.
   //
-  // Source::load(buffer, ahead) copies a tile of A and, TileA::kBytes further, of B, or zeros when there is none left:
-  // the one that is `ahead` of those that Source::advance(tiles) has passed. Every tile is asked for once, in order, and
-  // kStages - 1 more than there are.
+  // Source::load<kWhole>(buffer, ahead) copies a tile of A and, TileA::kBytes further, of B, or zeros when there is none
+  // left: the one that is `ahead` of those that Source::advance(tiles) has passed. Every tile is asked for once, in
+  // order, and kStages - 1 more than there are. Source::whole(tiles) says whether so many lie ahead that need no mask:
+  // they are copied with kWhole.
   template <class Source>
   static __device__ __forceinline__ void run(Accumulators& acc, Source& source, int tiles, uint32_t shared) {
     const int warp = threadIdx.x / 32;
@@ -54,17 +57,20 @@ struct TensorCoreLoop {
       for (int j = 0; j < kColumns / 2; ++j) place_b.load(b[into][j], stage * kStageBytes, j, step);
     };
 
+    constexpr int kAhead = kStages - 1;
 #pragma unroll
-    for (int stage = 0; stage < kStages - 1; ++stage) {
-      source.load(shared + stage * kStageBytes, stage);
+    for (int stage = 0; stage < kAhead; ++stage) {
+      source.template load<false>(shared + stage * kStageBytes, stage);
       copy_commit();
     }
     copy_wait<kStages - 2>();
     __syncthreads();
     load_step(0, 0, 0);
-    for (; tiles > 0; source.advance(kStages)) {
+
+    // A round passes through all buffers: which one is used is a constant in every address.
+    const auto round = [&](auto whole) {
 #pragma unroll
-      for (int stage = 0; stage < kStages; ++stage) {  // unrolled: a buffer is a constant in every address
+      for (int stage = 0; stage < kStages; ++stage) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
           const int now = step % 2;
@@ -76,8 +82,8 @@ struct TensorCoreLoop {
             load_step(1 - now, (stage + 1) % kStages, 0);
           }
           if (step == 0) {
-            constexpr int kAhead = kStages - 1;
-            source.load(shared + (stage + kAhead) % kStages * kStageBytes, stage + kAhead);
+            const uint32_t buffer = shared + (stage + kAhead) % kStages * kStageBytes;
+            source.template load<decltype(whole)::value>(buffer, stage + kAhead);
             copy_commit();
           }
 #pragma unroll
@@ -89,27 +95,37 @@ struct TensorCoreLoop {
             }
           }
         }
-        if (--tiles == 0) break;
+        if (!decltype(whole)::value && stage + 1 == tiles) break;
       }
+      source.advance(kStages);
+      tiles -= kStages;
+    };
+    while (tiles > 0) {
+      while (source.whole(kStages + kAhead)) round(std::true_type());
+      round(std::false_type());
     }
     copy_wait<0>();
     __syncthreads();
   }
 };
 
-// The source of one product: the tiles of two operands.
+// The source of one product: the tiles of two operands, `left` numbers of k.
 template <class Loop>
 struct Product {
   Loader<typename Loop::TileA> a;
   Loader<typename Loop::TileB> b;
+  int left;
 
+  __device__ __forceinline__ bool whole(int tiles) const { return left >= tiles * Loop::kDepth; }
+  template <bool kWhole>
   __device__ __forceinline__ void load(uint32_t buffer, int ahead) {
-    a.load(buffer, ahead);
-    b.load(buffer + Loop::TileA::kBytes, ahead);
+    a.template load<kWhole>(buffer, ahead, left - ahead * Loop::kDepth);
+    b.template load<kWhole>(buffer + Loop::TileA::kBytes, ahead, left - ahead * Loop::kDepth);
   }
   __device__ __forceinline__ void advance(int tiles) {
     a.advance(tiles);
     b.advance(tiles);
+    left -= tiles * Loop::kDepth;
   }
 };
 

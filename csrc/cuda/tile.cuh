@@ -40,75 +40,77 @@ struct Tile {
 };
 
 // Copies the tiles of an operand along k, one after the other. Neighbouring threads copy neighbouring chunks of a row, so
-// that whole sectors are read. Past the operand's mn the last chunk is copied again, as nothing is made of it; past k the
-// tile is filled with zeros. So a step has no mask but on k.
+// that whole sectors are read. Past k the tile is filled with zeros. Nothing is made of what lies past the operand's mn:
+// there the last row or chunk is copied again, or zeros.
 //
 // Rows must start at multiples of 16 bytes, and their length (k or mn) be one.
 template <class Tile>
 class Loader {
   using T = typename Tile::T;
-  static constexpr int kLanes = Tile::kChunks < 8 ? Tile::kChunks : 8;     // that copy a row
-  static constexpr int kAcross = Tile::kChunks / kLanes;                   // chunks a thread copies of a row
-  static constexpr int kRowStep = Tile::kThreads / kLanes;
-  static constexpr int kPasses = Tile::kRows / kRowStep;                   // rows a thread copies of
   static constexpr bool kAlongK = Tile::kAlongK;
+  static constexpr int kLanes = Tile::kChunks < 8 ? Tile::kChunks : 8;  // copy a row, kAcross chunks each
+  static constexpr int kAcross = Tile::kChunks / kLanes;
+  static constexpr int kRowStep = Tile::kThreads / kLanes;
+  static constexpr int kPasses = Tile::kRows / kRowStep;  // rows of a thread
   static_assert(Tile::kRows % kRowStep == 0 && kRowStep % (Tile::kStep * Tile::kTurns) == 0);
-  static_assert(!kAlongK || kAcross == 1);
+  static_assert(kAcross == 1 || (kAcross == 2 && !kAlongK));
 
  public:
   // first: element (0, 0) of the block. stride: elements from row to row. available: of mn, from the block's start on.
-  // depth: of k.
-  __device__ __forceinline__ Loader(const T* first, long long stride, int available, int depth) {
+  __device__ __forceinline__ Loader(const T* first, long long stride, int available) : stride_(stride) {
     const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
     to_ = Tile::place(row, chunk);
     if constexpr (kAlongK) {
-      left_ = depth - chunk * Tile::kNumbers;
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) {
         from_[pass] = first + min(row + pass * kRowStep, available - 1) * stride + chunk * Tile::kNumbers;
       }
     } else {
-      start(first, depth);
-      step_ = stride * Tile::kDepth;
-#pragma unroll
-      for (int across = 0; across < kAcross; ++across) {
-        const int inside = min(chunk + across * kLanes, (available - 1) / Tile::kNumbers);
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-          offset_[pass][across] = unsigned((row + pass * kRowStep) * stride / Tile::kNumbers) + inside;
-        }
-      }
+      const int last = (available - 1) / Tile::kNumbers;
+      column_ = min(chunk, last) * Tile::kNumbers;
+      wide_ = chunk + kLanes <= last;
+      start(first);
     }
   }
 
   // Goes on with other rows of the same stride and columns (Major::kMN).
-  __device__ __forceinline__ void start(const T* first, int depth) {
+  __device__ __forceinline__ void start(const T* first) {
     static_assert(!kAlongK);
-    from_[0] = first;
-    left_ = depth - int(threadIdx.x) / kLanes;
+    const int row = threadIdx.x / kLanes;
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) from_[pass] = first + column_ + (row + pass * kRowStep) * stride_;
   }
 
-  // Copies to `tile` the tile that is `ahead` of those that advance() has passed. Each is copied once, in order; with a
-  // constant `ahead` it costs no addition.
-  __device__ __forceinline__ void load(uint32_t tile, int ahead) {
+  // Copies to `tile` the tile that is `ahead` of those that advance() has passed. Each is copied once, in order; `ahead`
+  // is a constant. left: numbers of k from the tile's first on; kWhole says that they fill it.
+  template <bool kWhole>
+  __device__ __forceinline__ void load(uint32_t tile, int ahead, int left) {
+    const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const uint32_t to = tile + to_ + pass * kRowStep * Tile::kRowBytes;
       if constexpr (kAlongK) {
-        copy_async(to, from_[pass] + ahead * Tile::kDepth, left_ > ahead * Tile::kDepth);
-      } else {
-#pragma unroll
-        for (int across = 0; across < kAcross; ++across) {
-          copy_async(to + across * 16 * kLanes, chunk_at(from_[0], offset_[pass][across]),
-                     left_ > ahead * Tile::kDepth + pass * kRowStep);
+        const T* from = from_[pass] + ahead * Tile::kDepth;
+        if constexpr (kWhole) {
+          copy_async(to, from);
+        } else {
+          copy_async(to, from, chunk * Tile::kNumbers < left);
         }
+      } else {
+        const bool inside = kWhole || row + pass * kRowStep < left;
+        if constexpr (kWhole) {
+          copy_async(to, from_[pass]);
+        } else {
+          copy_async(to, from_[pass], inside);
+        }
+        if constexpr (kAcross == 2) copy_async(to + 16 * kLanes, from_[pass] + kLanes * Tile::kNumbers, inside && wide_);
+        // Plain C++ makes the compiler keep the old pointer, to add a multiple of the step to it.
+        asm volatile("add.s64 %0, %0, %1;" : "+l"(from_[pass]) : "l"(stride_ * Tile::kDepth * int(sizeof(T))));
       }
     }
-    if constexpr (!kAlongK) from_[0] += step_;
   }
 
   __device__ __forceinline__ void advance(int tiles) {
-    left_ -= tiles * Tile::kDepth;
     if constexpr (kAlongK) {
 #pragma unroll
       for (int pass = 0; pass < kPasses; ++pass) from_[pass] += tiles * Tile::kDepth;
@@ -116,17 +118,11 @@ class Loader {
   }
 
  private:
-  // One wide multiply-add; from plain C++ the compiler makes 64-bit offsets, and two additions of each.
-  static __device__ __forceinline__ const void* chunk_at(const T* base, unsigned chunks) {
-    const void* address;
-    asm("mad.wide.u32 %0, %1, 16, %2;" : "=l"(address) : "r"(chunks), "l"(base));
-    return address;
-  }
-
-  int to_, left_;  // left_: numbers of k from the thread's first on
-  const T* from_[kAlongK ? kPasses : 1];
-  unsigned offset_[kAlongK ? 1 : kPasses][kAlongK ? 1 : kAcross];  // chunks
-  long long step_;
+  int to_;
+  const T* from_[kPasses];
+  long long stride_;
+  int column_;  // this and the next: of Major::kMN
+  bool wide_;   // the second chunk of a row lies inside
 };
 
 // Where a lane points ldmatrix to, for blocks of 16 (mn) x 16 (k) of a warp's kSpan numbers of mn. Lanes with bit
