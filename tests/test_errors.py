@@ -46,6 +46,23 @@ LINEAR = {
     "routing must be on the device of x, cpu, got meta": {
         "routing": Routing(*(t.to("meta") for t in ROUTING[:3]))
     },
+    # the same, of the second alone
+    "routing must be on the device of x, cpu, got meta ": {
+        "routing": ROUTING._replace(order=ROUTING.order.to("meta"))
+    },
+    "routing.order must have shape (2,), got (3,)": {
+        "routing": ROUTING._replace(order=torch.zeros(3, dtype=torch.int32))
+    },
+    "routing.order must be a tensor, got NoneType": {"routing": ROUTING._replace(order=None)},
+    "routing.offsets must have shape (E + 1,), got (1, 3)": {
+        "routing": ROUTING._replace(offsets=ROUTING.offsets[None])
+    },
+    "routing.expert must have dtype int32, got torch.int64": {
+        "routing": ROUTING._replace(expert=ROUTING.expert.long())
+    },
+    "routing.order must be contiguous, got strides (2,)": {
+        "routing": ROUTING._replace(order=torch.zeros(4, dtype=torch.int32)[::2])
+    },
 }
 
 LAYER_NORM = {
@@ -190,7 +207,7 @@ def test_bad_input_is_named_before_any_work(message, monkeypatch):
     monkeypatch.setattr(module, "pick", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(ValueError) as error:
         getattr(ops, op)(**GOOD[op] | CASES[message])
-    assert str(error.value) == message
+    assert str(error.value) == message.rstrip()
 
 
 @pytest.mark.parametrize(

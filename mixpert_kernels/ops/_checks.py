@@ -54,19 +54,34 @@ def require_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def require_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> None:
+    """All that a kernel takes for granted; which ids there are, only ``Routing`` can have checked."""
     require(isinstance(routing, Routing), op, "routing", "be a Routing", type(routing).__name__)
+    batch, device = x.shape[0], x.device
+    for tensor, size in zip(routing[:3], (batch, batch, num_experts + 1), strict=True):
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.dtype == torch.int32
+            and tensor.shape == (size,)
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            _refuse_routing(op, routing, x, num_experts)
+
+
+def _refuse_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> None:
     require_shape(op, "routing.expert", routing.expert, x.shape[0])
-    require(
-        routing.num_experts == num_experts,
-        op,
-        "routing",
-        f"be over the weight's {num_experts} experts",
-        routing.num_experts,
-    )
-    if routing.expert.device != x.device:
-        raise ValueError(
-            f"{op}: routing must be on the device of x, {x.device}, got {routing.expert.device}"
+    require_shape(op, "routing.order", routing.order, x.shape[0])
+    require_shape(op, "routing.offsets", routing.offsets, "E + 1")
+    experts = f"be over the weight's {num_experts} experts"
+    require(routing.num_experts == num_experts, op, "routing", experts, routing.num_experts)
+    for name, tensor in zip(routing._fields[:3], routing[:3], strict=True):
+        where = f"be on the device of x, {x.device}"
+        require(tensor.device == x.device, op, "routing", where, tensor.device)
+        require(
+            tensor.dtype == torch.int32, op, f"routing.{name}", "have dtype int32", tensor.dtype
         )
+        strides = f"strides {tensor.stride()}"
+        require(tensor.is_contiguous(), op, f"routing.{name}", "be contiguous", strides)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
