@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _configs, _launch
-from ._operands import aligned_rows, cdiv, rows_dense, strides
+from ._operands import cdiv, padded, rows_dense, strides
 from ._reduce import sums_by_expert
 
 
@@ -95,4 +95,4 @@ def vectors(x: Tensor) -> bool:
 
 def _rows(x: Tensor) -> Tensor:
     """Rows as the kernel reads them."""
-    return aligned_rows(x) if vectors(x) else rows_dense(x)
+    return padded(x) if vectors(x) else rows_dense(x)
