@@ -34,12 +34,38 @@ class Chip:
 
 SHARED_BYTES = {80: 163 * KB, 86: 99 * KB, 89: 99 * KB, 90: 227 * KB, 100: 227 * KB, 120: 99 * KB}
 AMD_SHARED_BYTES = 64 * KB
+REGISTERS = 64 * KB  # of a multiprocessor; a warp takes them by 256
+# Of a multiprocessor: shared memory (a block takes 1 KB more than it asks for), warps, blocks.
+LIMITS = {
+    80: (164 * KB, 64, 32),
+    86: (100 * KB, 48, 16),
+    89: (100 * KB, 48, 24),
+    90: (228 * KB, 64, 32),
+    100: (228 * KB, 64, 32),
+    120: (100 * KB, 48, 24),
+}
 
 
 def nvidia(arch: int, multiprocessors: int = 1) -> Chip:
     """The chip of compute capability ``arch / 10``; an unknown one has the shared memory of the smallest."""
     shared = SHARED_BYTES.get(arch, min(SHARED_BYTES.values()))
     return Chip(f"sm_{arch}", arch, shared, multiprocessors)
+
+
+def blocks_a_multiprocessor(arch: int, registers: int, shared: int, warps: int) -> int | None:
+    """How many blocks run on a multiprocessor at once; None where it is not known.
+
+    Args:
+        arch: of the chip, 80 for sm_80.
+        registers: of a thread.
+        shared: bytes of a block.
+        warps: of a block.
+    """
+    if arch not in LIMITS:
+        return None
+    shared_bytes, most_warps, most = LIMITS[arch]
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // 4 * 4 // warps
+    return min(by_registers, shared_bytes // (shared + KB), most_warps // warps, most)
 
 
 def chip(device: torch.device) -> Chip:

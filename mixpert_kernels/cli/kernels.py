@@ -1,4 +1,7 @@
-"""``mixpert kernels``: what the Triton kernels take on each chip, compiled here and now; no GPU is needed."""
+"""``mixpert kernels``: what the kernels take on each chip; no GPU is needed.
+
+Triton's are compiled here and now, those of csrc/ read from the extension or from objects (cuda_kernels.py).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from .tables import print_table
+from . import cuda_kernels
+from .tables import print_table, write_page
 
 CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 COLUMNS = {
@@ -37,11 +41,19 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "kernels",
-        help="what the Triton kernels take on each chip",
-        description="Compile each Triton kernel for each chip, at the sizes of the reference model; print registers and"
-        " stack bytes a thread; spills; shared memory and pipeline buffers a program; instructions a step "
-        "of the main loop; programs a multiprocessor runs at once; the matrix instruction. Then what the "
-        "expert segment (two layers and the projector, 8 tiles, 4 experts) costs.",
+        help="what the kernels take on each chip",
+        description="Triton: compile each kernel for each chip, at the sizes of the reference model; print registers "
+        "and stack bytes a thread; spills; shared memory and pipeline buffers a program; instructions a step of the "
+        "main loop; programs a multiprocessor runs at once; the matrix instruction. Then what the expert segment (two "
+        "layers and the projector, 8 tiles, 4 experts) costs. CUDA: read the same from the compiled extension or from "
+        "objects, and of what a turn of the main loop is made.",
+    )
+    parser.add_argument("--backend", choices=("triton", "cuda"), default="triton")
+    parser.add_argument(
+        "--objects",
+        type=Path,
+        metavar="DIR",
+        help="cuda: read the objects there, not the extension",
     )
     parser.add_argument("--chip", action="append", choices=CHIPS, help="only this one; repeatable")
     parser.add_argument(
@@ -65,6 +77,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compile in processes of their own and print."""
+    if args.backend == "cuda":
+        cuda_kernels.run(args)
+        return
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("kernels: triton is not installed")
     chips = tuple(dict.fromkeys(args.chip or CHIPS))
@@ -84,14 +99,7 @@ def run(args: argparse.Namespace) -> None:
 
 def write(docs: Path, rows: list[dict[str, Any]], segment: list[dict[str, Any]]) -> None:
     """Write the rows to kernels.json and the tables into kernels.md, between its marks."""
-    lines = (json.dumps(row) for row in rows)
-    (docs / "kernels.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
-    page = (docs / "kernels.md").read_text(encoding="utf-8")
-    for name, text in tables(rows, segment).items():
-        before, _, rest = page.partition(f"<!-- {name} -->\n")
-        _, mark, after = rest.partition(f"<!-- end of {name} -->")
-        page = f"{before}<!-- {name} -->\n```text\n{text}```\n{mark}{after}"
-    (docs / "kernels.md").write_text(page, encoding="utf-8")
+    write_page(docs, "kernels.json", rows, tables(rows, segment))
 
 
 def tables(rows: list[dict[str, Any]], segment: list[dict[str, Any]]) -> dict[str, str]:

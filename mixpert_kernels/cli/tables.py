@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:
@@ -15,6 +18,20 @@ def print_table(rows: Sequence[Sequence[str]]) -> None:
             for cell, width, numeric in zip(row, widths, right, strict=True)
         ]
         print("  ".join(cells).rstrip())
+
+
+def write_page(
+    docs: Path, name: str, rows: Sequence[dict[str, Any]], tables: dict[str, str]
+) -> None:
+    """Write the rows to a JSON file and the tables into kernels.md beside it, each between its marks."""
+    lines = (json.dumps(row) for row in rows)
+    (docs / name).write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    page = (docs / "kernels.md").read_text(encoding="utf-8")
+    for mark, text in tables.items():
+        before, _, rest = page.partition(f"<!-- {mark} -->\n")
+        _, end, after = rest.partition(f"<!-- end of {mark} -->")
+        page = f"{before}<!-- {mark} -->\n```text\n{text}```\n{end}{after}"
+    (docs / "kernels.md").write_text(page, encoding="utf-8")
 
 
 def _is_number(cell: str) -> bool:

@@ -9,27 +9,19 @@ import triton
 from torch import Tensor
 from triton import cdiv
 
+from mixpert_kernels.backends.chips import blocks_a_multiprocessor
+
 from ._catalogue import Geometry, Launch, segment
 from ._compile import compile_launch, facts
-from ._configs import KB, Chip
-
-REGISTERS = 64 * KB  # of a multiprocessor; a warp takes them by 256
-# Of a multiprocessor: shared memory (a program takes 1 KB more than it asks for), warps, programs.
-LIMITS = {
-    80: (164 * KB, 64, 32),
-    86: (100 * KB, 48, 16),
-    89: (100 * KB, 48, 24),
-    90: (228 * KB, 64, 32),
-    100: (228 * KB, 64, 32),
-    120: (100 * KB, 48, 24),
-}
+from ._configs import Chip
 
 
 def row(launch: Launch, chip: Chip) -> dict[str, Any]:
     """Compile a launch for a chip and say what it takes; one row of ``mixpert kernels``."""
     found = facts(compile_launch(launch.kernel, launch.args, launch.config, chip))
     warps = launch.config.num_warps
-    blocks = programs_a_multiprocessor(chip, found["registers"], found["shared_bytes"], warps)
+    registers, shared = found["registers"], found["shared_bytes"]
+    blocks = blocks_a_multiprocessor(chip.arch, registers, shared, warps)
     return {
         "kernel": launch.kernel_name,
         "config": launch.label,
@@ -40,15 +32,6 @@ def row(launch: Launch, chip: Chip) -> dict[str, Any]:
         "programs": math.prod(launch.grid),
         "triton": triton.__version__,
     }
-
-
-def programs_a_multiprocessor(chip: Chip, registers: int, shared: int, warps: int) -> int | None:
-    """How many programs run on a multiprocessor at once; None where it is not known (AMD)."""
-    if chip.arch not in LIMITS:
-        return None
-    shared_bytes, most_warps, most = LIMITS[chip.arch]
-    by_registers = REGISTERS // (cdiv(registers * 32, 256) * 256) // 4 * 4 // warps
-    return min(by_registers, shared_bytes // (shared + KB), most_warps // warps, most)
 
 
 def matrix_flops(launch: Launch, *, padded: bool) -> int:
