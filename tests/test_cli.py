@@ -184,7 +184,7 @@ def test_calibrate_picks_saves_and_plots(folder: Path, tmp_path: Path, capsys):
 
 def test_info_json(capsys):
     facts = json.loads(run(capsys, "info", "--json"))
-    assert set(facts) == {"versions", "machine", "ops", "extension"}
+    assert set(facts) == {"versions", "machine", "ops", "measurements", "extension"}
     assert set(facts["versions"]) == {
         "python",
         "mixpert-kernels",
@@ -197,6 +197,7 @@ def test_info_json(capsys):
     for dtypes in facts["ops"].values():
         for choice in dtypes.values():
             assert choice["takes"] not in choice["others"] and all(choice["others"].values())
+            assert choice["because"] and choice["measured"] == []
     assert {"extension", "archs", "reason", "cuda"} <= set(facts["extension"])
 
 

@@ -79,14 +79,14 @@ class Table:
     path: Path | None = None
     measured: dict[Key, Measured] = field(default_factory=dict)
     fault: str | None = None
-    _shipped: dict[torch.dtype, str | None] = field(default_factory=dict)
+    _shipped: dict[tuple[str, torch.dtype], str | None] = field(default_factory=dict)
 
-    def shipped(self, dtype: torch.dtype) -> str | None:
+    def shipped(self, op: str, dtype: torch.dtype) -> str | None:
         """The backend of the shipped row."""
-        if dtype not in self._shipped:
-            row = None if self.chip is None else shipped(self.chip, _name(dtype))
-            self._shipped[dtype] = None if row is None else row.backend
-        return self._shipped[dtype]
+        if (op, dtype) not in self._shipped:
+            row = None if self.chip is None else shipped(self.chip, op, _name(dtype))
+            self._shipped[op, dtype] = None if row is None else row.backend
+        return self._shipped[op, dtype]
 
 
 _tables: dict[torch.device, Table] = {}
@@ -103,7 +103,7 @@ def first(
     known = _tables.get(device) or table(device)
     if known.measured and (row := known.measured.get((op, dtype, widths))):
         return row.backend
-    return known.shipped(dtype)
+    return known.shipped(op, dtype)
 
 
 def reason(
@@ -113,7 +113,7 @@ def reason(
     known = table(device)
     if row := known.measured.get((op, dtype, widths)):
         return row.reason
-    row = None if known.chip is None else shipped(known.chip, _name(dtype))
+    row = None if known.chip is None else shipped(known.chip, op, _name(dtype))
     return None if row is None else f"shipped row: {row.rests_on}"
 
 

@@ -1,6 +1,6 @@
 """Which backend ``auto`` tries first where nothing was measured on the device at hand; each row says what it rests on.
 
-One backend for all ops of a chip and dtype, so that a fused op stays bitwise equal to the ops it replaces.
+On a GPU one backend for all ops of a chip and dtype, so that a fused op stays bitwise equal to the ops it replaces.
 ``mixpert tune`` puts measurements in the place of these rows.
 """
 
@@ -17,39 +17,43 @@ class Shipped(NamedTuple):
     Attributes:
         chip: ``cpu``, or a name as of ``backends.chips.Chip``, such as ``sm_90``; ``sm_`` stands for every NVIDIA
             chip that has no row of its own, ``gfx`` for every AMD one.
+        op: its name, or ``any``.
         dtype: such as ``float32``, or ``any``.
         backend: one of ``backends.BACKENDS``.
         rests_on: ``measured on ...``, or ``not measured yet: ...`` with the reason for the guess.
     """
 
     chip: str
+    op: str
     dtype: str
     backend: str
     rests_on: str
 
 
 _UNTRIED = "has been emulated for every chip and run on none, while Triton's compiler is in use on this one"
+_TCGEN05 = "not measured yet: Triton reaches tcgen05, the CUDA backend mma.sync alone"
 # The first row that fits decides.
 ROWS = (
-    Shipped("cpu", "float32", "cpu", "measured on an AMD EPYC (2 cores, AVX-512): README, Measured"),
-    Shipped("cpu", ANY, "cpu", "not measured yet in this dtype: fewer passes over memory, as in float32"),
-    Shipped("sm_100", ANY, "triton", "not measured yet: Triton reaches tcgen05, the CUDA kernels mma.sync alone"),
-    Shipped("sm_103", ANY, "triton", "not measured yet: Triton reaches tcgen05, the CUDA kernels mma.sync alone"),
-    Shipped("sm_", "float32", "triton", "not measured yet: Triton may use TF32 where PyTorch is told to, CUDA never"),
-    Shipped("sm_", ANY, "triton", f"not measured yet: the CUDA backend {_UNTRIED}"),
-    Shipped("gfx", ANY, "triton", "not measured yet: the only backend with kernels for AMD"),
+    Shipped("cpu", "route", ANY, "reference", "the only one there is for a CPU"),
+    Shipped("cpu", ANY, "float32", "cpu", "measured on an AMD EPYC (2 cores, AVX-512), the segment as a whole: README"),
+    Shipped("cpu", ANY, ANY, "cpu", "not measured yet in this dtype: saves the passes over memory it saves in float32"),
+    Shipped("sm_100", ANY, ANY, "triton", _TCGEN05),
+    Shipped("sm_103", ANY, ANY, "triton", _TCGEN05),
+    Shipped("sm_", ANY, "float32", "triton", "not measured yet: may use TF32 where PyTorch is told to, CUDA never"),
+    Shipped("sm_", ANY, ANY, "triton", f"not measured yet: the CUDA backend {_UNTRIED}"),
+    Shipped("gfx", ANY, ANY, "triton", "not measured yet: the only backend with kernels for AMD"),
 )  # fmt: skip
 
 
-def shipped(chip: str, dtype: str) -> Shipped | None:
-    """Return the row for a chip and dtype; None if there is none.
+def shipped(chip: str, op: str, dtype: str) -> Shipped | None:
+    """Return the row for a chip, op and dtype; None if there is none.
 
     Example:
-        >>> shipped("sm_90", "bfloat16").backend
+        >>> shipped("sm_90", "route", "bfloat16").backend
         'triton'
     """
     for row in ROWS:
         fits = chip.startswith(row.chip) if row.chip in ("sm_", "gfx") else chip == row.chip
-        if fits and row.dtype in (ANY, dtype):
+        if fits and row.op in (ANY, op) and row.dtype in (ANY, dtype):
             return row
     return None

@@ -1,4 +1,4 @@
-"""The command line: ``mixpert demo | info | convert | route | calibrate | train | reproduce | kernels | check``.
+"""The command line: ``mixpert demo | info | convert | route | calibrate | train | reproduce | kernels | check | tune``.
 
 Every error is one line on stderr and an exit status: 2 for a wrong command line, 1 for all else. ``MIXPERT_DEBUG=1``
 shows the traceback instead.
@@ -13,9 +13,9 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import calibrate, check, convert, demo, info, kernels, reproduce, route, train
+from . import calibrate, check, convert, demo, info, kernels, reproduce, route, train, tune
 
-COMMANDS = (demo, info, convert, route, calibrate, train, reproduce, kernels, check)
+COMMANDS = (demo, info, convert, route, calibrate, train, reproduce, kernels, check, tune)
 
 
 class _Parser(argparse.ArgumentParser):

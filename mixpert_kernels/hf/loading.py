@@ -52,7 +52,7 @@ def load_vision_model(
     Raises:
         ValueError: the directory is missing, is no checkpoint, lacks weights or holds no vision model.
     """
-    directory = _directory("load_vision_model", directory)
+    directory = directory_of("load_vision_model", directory)
     with one_line("load_vision_model", directory, "a transformers vision checkpoint"):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -83,7 +83,7 @@ def load_tower(directory: Path | str) -> FusedMixpertTower:
     Raises:
         ValueError: the directory is missing or holds no FusedMixpertTower.
     """
-    directory = _directory("load_tower", directory)
+    directory = directory_of("load_tower", directory)
     with one_line("load_tower", directory, "a saved FusedMixpertTower"):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
@@ -192,7 +192,8 @@ def _refuse_missing(keys: Sequence[str], prefix: str, directory: Path) -> None:
         )
 
 
-def _directory(caller: str, directory: Path | str) -> Path:
+def directory_of(caller: str, directory: Path | str) -> Path:
+    """A directory with a ``config.json``; ValueError for any other."""
     directory = Path(directory)
     if not directory.is_dir():
         raise ValueError(f"{caller}: directory must exist, got {directory}")
