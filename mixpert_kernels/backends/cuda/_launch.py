@@ -85,7 +85,7 @@ def pack(kernel: str, facts: Facts, args: dict[str, Any], encode: Any, address: 
         address: Tensor -> int.
 
     Raises:
-        ValueError: a name is missing or unknown, or a number does not fit its field.
+        ValueError: a name is missing or unknown, or a value does not fit its field.
     """
     if len(args) != len(facts.fields) or any(f.name not in args for f in facts.fields):
         names = {field.name for field in facts.fields}
@@ -93,16 +93,19 @@ def pack(kernel: str, facts: Facts, args: dict[str, Any], encode: Any, address: 
     raw = bytearray(facts.size)
     for code, name, offset in facts.fields:
         value = args[name]
-        if code == "T":
-            raw[offset : offset + 128] = encode(value)
-            continue
-        if code == "P":
-            value = 0 if value is None else address(value)
         try:
-            struct.pack_into("Q" if code == "P" else code, raw, offset, value)
-        except struct.error as error:
+            if code == "T":
+                if type(value) is not TensorMap:
+                    raise TypeError("it is a TensorMap")
+                raw[offset : offset + 128] = encode(value)
+            elif code == "P":
+                struct.pack_into("Q", raw, offset, 0 if value is None else address(value))
+            else:
+                struct.pack_into("<" + code, raw, offset, value)  # "<": 1e39 is refused, not inf
+        except (struct.error, OverflowError, TypeError) as error:
+            given = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else value
             raise ValueError(
-                f"{kernel}: {name} must fit its field, got {value} ({error})"
+                f"{kernel}: {name} must fit its field, got {given} ({error})"
             ) from None
     return bytes(raw)
 
@@ -116,23 +119,34 @@ def launch(kernel: str, grid: int, args: dict[str, Any]) -> None:
         args: the kernel's arguments by name: tensors, None, TensorMaps and numbers.
 
     Raises:
-        ValueError: a size does not fit.
+        ValueError: a size does not fit, tensors are on several devices, or this build has no such kernel.
         RuntimeError: CUDA refused; with its words, the kernel, the grid and the sizes.
     """
     if grid == 0:
         return
-    if grid > MAX_GRID:
+    if not 0 < grid <= MAX_GRID:
         raise ValueError(f"{kernel}: the grid must be at most {MAX_GRID} blocks, got {grid}")
     from mixpert_kernels import _C  # type: ignore[attr-defined,unused-ignore]
 
-    device = next(arg.device for arg in args.values() if isinstance(arg, Tensor))
-    stream = torch.cuda.current_stream(device).cuda_stream
-    raw = pack(kernel, kernels()[kernel], args, _encode, Tensor.data_ptr)
+    if kernel not in kernels():
+        raise ValueError(f"{kernel}: this build has no such kernel")
+    device = _device(kernel, args)
     try:
+        raw = pack(kernel, kernels()[kernel], args, _encode, Tensor.data_ptr)
+        stream = torch.cuda.current_stream(device).cuda_stream
         _C.launch(kernel, device.index, stream, grid, raw)
     except RuntimeError as error:
         sizes = ", ".join(f"{k}={v}" for k, v in args.items() if isinstance(v, int | float))
         raise RuntimeError(f"{kernel}: {error} (grid {grid}, {sizes})") from None
+
+
+def _device(kernel: str, args: dict[str, Any]) -> torch.device:
+    devices = {v.device for v in args.values() if isinstance(v, Tensor)}
+    devices |= {v.tensor.device for v in args.values() if type(v) is TensorMap}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no tensor"
+        raise ValueError(f"{kernel}: tensors must be on one device, got {found}")
+    return devices.pop()
 
 
 def _encode(given: TensorMap) -> bytes:
