@@ -153,6 +153,12 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
         "be given exactly when image_of_tile is",
         type(base_tile).__name__,
     )
+    named = dict(weights._asdict(), image_of_tile=image_of_tile, base_tile=base_tile, expert=expert)
+    for name, tensor in named.items():
+        if isinstance(tensor, Tensor) and tensor.device != x.device:
+            raise ValueError(
+                f"route: {name} must be on the device of x, {x.device}, got {tensor.device}"
+            )
     images = x.shape[0]
     if image_of_tile is not None:
         require_shape("route", "image_of_tile", image_of_tile, x.shape[0])
@@ -163,12 +169,6 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
     if expert is not None:
         check_expert_ids("route", expert, weight.shape[0])
         require_shape("route", "expert", expert, images)
-    named = dict(weights._asdict(), image_of_tile=image_of_tile, base_tile=base_tile, expert=expert)
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"route: {name} must be on the device of x, {x.device}, got {tensor.device}"
-            )
 
 
 def _pick(backend, x, hidden_weight, weight):
