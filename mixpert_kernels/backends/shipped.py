@@ -36,7 +36,7 @@ _TCGEN05 = "not measured yet: Triton reaches tcgen05, the CUDA backend mma.sync 
 ROWS = (
     Shipped("cpu", "route", ANY, "reference", "the only one there is for a CPU"),
     Shipped("cpu", ANY, "float32", "cpu", "measured on an AMD EPYC (2 cores, AVX-512), the segment as a whole: README"),
-    Shipped("cpu", ANY, ANY, "cpu", "not measured yet in this dtype: saves the passes over memory it saves in float32"),
+    Shipped("cpu", ANY, ANY, "cpu", "not measured yet: should save the passes over memory that it saves in float32"),
     Shipped("sm_100", ANY, ANY, "triton", _TCGEN05),
     Shipped("sm_103", ANY, ANY, "triton", _TCGEN05),
     Shipped("sm_", ANY, "float32", "triton", "not measured yet: may use TF32 where PyTorch is told to, CUDA never"),
