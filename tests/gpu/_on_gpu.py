@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mixpert_kernels import FusedMixpertTower, Routing
+from mixpert_kernels import FusedMixpertTower, Routing, backends
 
+BACKENDS = ("triton", "cuda")
 DEVICE = torch.device("cuda")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SIZE = _towers.KINDS["siglip"].size
@@ -33,6 +34,22 @@ def ids(*values: int) -> Tensor:
 
 def routing(*expert: int) -> Routing:
     return Routing.forced(ids(*expert), EXPERTS)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of each GPU backend that can run here."""
+    reason = backends.why_not("grouped_linear", request.param, device=DEVICE, dtype=torch.bfloat16)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
+@pytest.fixture
+def only(backend: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """``auto`` takes it, and no other."""
+    monkeypatch.setattr(backends, "BACKENDS", (backend,))
+    return backend
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Every op on a GPU: forward and backward against float64, with TMA and without, twice, and past 32-bit offsets."""
+"""Every op of every backend on a GPU: forward and backward against float64, by every kernel that gives the same bits,
+twice, and past 32-bit offsets.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from _on_gpu import DEVICE, EXPERTS, every_dtype, ids, routing
+from _on_gpu import DEVICE, EXPERTS, backend, every_dtype, ids, routing
 from torch import Tensor
 
-from mixpert_kernels import ops
+from mixpert_kernels import Routing, ops
+from mixpert_kernels.backends.cuda import _configs
 from mixpert_kernels.testing import assert_as_accurate
 
+__all__ = ["backend"]  # a fixture
 pytestmark = pytest.mark.gpu
 
 EXPERT = (2, 0, 2, 2, 0)  # of each tile; expert 1 has none
@@ -112,8 +116,10 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 @every_dtype
 @pytest.mark.parametrize("size", SIZES)
 @every_op
-def test_as_accurate_as_plain_pytorch(op: Callable, size: str, dtype: torch.dtype) -> None:
-    got = run(op, size, "triton", dtype, dtype)
+def test_as_accurate_as_plain_pytorch(
+    op: Callable, size: str, dtype: torch.dtype, backend: str
+) -> None:
+    got = run(op, size, backend, dtype, dtype)
     plain = run(op, size, "reference", dtype, dtype)
     truth = run(op, size, "reference", dtype, torch.float64)
     for name, tensor in got.items():
@@ -124,30 +130,41 @@ def test_as_accurate_as_plain_pytorch(op: Callable, size: str, dtype: torch.dtyp
 
 @every_dtype
 @every_op
-def test_two_runs_are_bitwise_equal(op: Callable, dtype: torch.dtype) -> None:
-    got, again = (run(op, "so400m", "triton", dtype, dtype) for _ in range(2))
+def test_two_runs_are_bitwise_equal(op: Callable, dtype: torch.dtype, backend: str) -> None:
+    got, again = (run(op, "so400m", backend, dtype, dtype) for _ in range(2))
     assert_equal(again, got)
 
 
 @every_dtype
 @every_op
-def test_tma_changes_no_bit(op: Callable, dtype: torch.dtype, monkeypatch) -> None:
-    got = run(op, "so400m", "triton", dtype, dtype)
+def test_no_choice_of_kernel_changes_a_bit(
+    op: Callable, dtype: torch.dtype, backend: str, monkeypatch
+) -> None:
+    """Triton: with tensor maps and without. CUDA: large blocks and small ones."""
+    if backend == "cuda":
+        with _configs.forced("large"):
+            got = run(op, "so400m", backend, dtype, dtype)
+        with _configs.forced("small"):
+            assert_equal(run(op, "so400m", backend, dtype, dtype), got)
+        return
+    got = run(op, "so400m", backend, dtype, dtype)
     monkeypatch.setenv("MIXPERT_TMA", "0")
-    assert_equal(run(op, "so400m", "triton", dtype, dtype), got)
+    assert_equal(run(op, "so400m", backend, dtype, dtype), got)
 
 
 @every_dtype
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("images", [{}, {"image_of_tile": (0, 0, 1, 1, 1), "base_tile": (1, 4)}])
 @torch.no_grad()
-def test_one_launch_is_bitwise_the_three(images: dict, size: str, dtype: torch.dtype) -> None:
+def test_one_launch_is_bitwise_the_three(
+    images: dict, size: str, dtype: torch.dtype, backend: str
+) -> None:
     tokens, depth, width = SIZES[size]
     new, images = Leaves(dtype, dtype), {name: ids(*v) for name, v in images.items()}
     x, weights = new("x", len(EXPERT), tokens, depth), router(new, depth, 16)
     gain, offset = new("gain", EXPERTS, depth), new("offset", EXPERTS, depth)
     weight, bias = new("w", EXPERTS, width, depth, std=depth**-0.5), new("b", EXPERTS, width)
-    given, options = (weights, ops.Strategy("direct")), {"backend": "triton"}
+    given, options = (weights, ops.Strategy("direct")), {"backend": backend}
     for _ in range(20):  # programs meet in another order every time
         y, fused = ops.route_grouped_linear(
             x, *given, gain, offset, weight, bias, **images, **options
@@ -156,20 +173,29 @@ def test_one_launch_is_bitwise_the_three(images: dict, size: str, dtype: torch.d
         for got, part in zip(fused, want, strict=True):
             assert torch.equal(got, part)
         h = ops.grouped_layer_norm(x, gain, offset, want, **options)
-        assert torch.equal(y, ops.grouped_linear(h, weight, bias, want, **options))
+        z = ops.grouped_linear(h, weight, bias, want, **options)
+        assert torch.equal(y, z)
+        one = (gain, offset, weight, bias)
+        assert torch.equal(ops.norm_grouped_linear(x, *one, want, **options), z)
+        for b in range(len(EXPERT)):  # less than one wave of blocks
+            alone = Routing.forced(want.expert[b : b + 1], EXPERTS)
+            part = ops.norm_grouped_linear(x[b : b + 1], *one, alone, **options)
+            assert torch.equal(part[0], z[b])
 
 
 @torch.no_grad()
-def test_offsets_past_32_bits() -> None:
+def test_offsets_past_32_bits(backend: str) -> None:
     batch, tokens, width = 700, 729, 4304  # 2.2e9 outputs
     if torch.cuda.mem_get_info()[0] < 12e9:
         pytest.skip("needs 12 GB of free memory")
+    options = {"backend": backend}
     x = torch.randn(batch, tokens, 16, device=DEVICE, dtype=torch.bfloat16)
     weight = torch.randn(EXPERTS, width, 16, device=DEVICE, dtype=torch.bfloat16)
-    y = ops.grouped_linear(x, weight, None, routing(*[b % 3 for b in range(batch)]))
+    y = ops.grouped_linear(x, weight, None, routing(*[b % 3 for b in range(batch)]), **options)
     for b in (0, batch // 2, batch - 1):
-        alone = ops.grouped_linear(x[b : b + 1], weight, None, routing(b % 3))
+        alone = ops.grouped_linear(x[b : b + 1], weight, None, routing(b % 3), **options)
         assert torch.equal(y[b], alone[0])
     back = torch.randn(EXPERTS, 16, width, device=DEVICE, dtype=torch.bfloat16)
-    z = ops.grouped_linear(y, back, None, routing(*[b % 3 for b in range(batch)]))
-    assert torch.equal(z[-1], ops.grouped_linear(y[-1:], back, None, routing((batch - 1) % 3))[0])
+    z = ops.grouped_linear(y, back, None, routing(*[b % 3 for b in range(batch)]), **options)
+    last = ops.grouped_linear(y[-1:], back, None, routing((batch - 1) % 3), **options)
+    assert torch.equal(z[-1], last[0])

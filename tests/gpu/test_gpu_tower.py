@@ -11,9 +11,11 @@ import torch
 from _on_gpu import (
     DEVICE,
     EXPERTS,
+    backend,
     every_dtype,
     ids,
     no_sync,
+    only,
     pinned,
     pixels,
     routing,
@@ -22,11 +24,11 @@ from _on_gpu import (
 )
 from _towers import assert_close
 
-from mixpert_kernels.backends import triton as backend
+from mixpert_kernels.backends import triton
 from mixpert_kernels.hf import MixpertOutput
 
-__all__ = ["no_sync", "pinned"]  # fixtures
-pytestmark = pytest.mark.gpu
+__all__ = ["backend", "no_sync", "only", "pinned"]  # fixtures
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("only")]
 
 ROUTINGS = ([0, 1, 2, 0], [1, 1, 1, 1], [2, 0, 0, 1], [2, 2, 1, 1], [0, 0, 0, 0], [2, 1, 0, 0])
 TILES = {"image_of_tile": (0, 0, 1, 1, 1), "base_tile": (1, 4)}
@@ -120,14 +122,16 @@ def compiled_variants() -> int:
     from triton.runtime.jit import JITFunction
 
     kernels = set()
-    for found in pkgutil.iter_modules(backend.__path__):
-        module = importlib.import_module(f"{backend.__name__}.{found.name}")
+    for found in pkgutil.iter_modules(triton.__path__):
+        module = importlib.import_module(f"{triton.__name__}.{found.name}")
         kernels |= {k for k in vars(module).values() if isinstance(k, JITFunction)}
     return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())
 
 
 @torch.no_grad()
-def test_no_batch_and_no_routing_compiles_anything() -> None:
+def test_no_batch_and_no_routing_compiles_anything(only: str) -> None:
+    if only != "triton":
+        pytest.skip(f"{only} compiles nothing")
     made, draw = tower(), random.Random(0)
     made(pixels(2))
     made(pixels(2), expert=ids(0, 1))
