@@ -58,6 +58,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) 
   }
 }
 
+// Four neighbouring numbers.
+__device__ __forceinline__ float4 load_four(uint32_t from) {
+  float4 to;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(to.x), "=f"(to.y), "=f"(to.z), "=f"(to.w) : "r"(from)
+               : "memory");
+  return to;
+}
+
 // c (16 x 8) += a (16 x 16) b (16 x 8); thread l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);

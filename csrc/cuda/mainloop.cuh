@@ -10,16 +10,18 @@
 
 #include <type_traits>
 
+#include "epilogue.cuh"
 #include "tile.cuh"
 
 namespace mixpert {
 
+// kMinBlocks: that a multiprocessor must hold, which limits the registers.
 template <typename T_, int kBlockM_, int kBlockN_, int kDepth_, int kStages_, int kWarpsM_, int kWarpsN_,
-          Major kMajorA = Major::kK, Major kMajorB = Major::kK>
+          int kMinBlocks_, Major kMajorA = Major::kK, Major kMajorB = Major::kK>
 struct TensorCoreLoop {
   using T = T_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kDepth = kDepth_, kStages = kStages_;
-  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_;
+  static constexpr int kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kMinBlocks = kMinBlocks_;
   static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
   static constexpr int kSpanM = kBlockM / kWarpsM, kSpanN = kBlockN / kWarpsN;  // of a warp
   static constexpr int kRows = kSpanM / 16, kColumns = kSpanN / 8;              // blocks of a warp
@@ -31,6 +33,9 @@ struct TensorCoreLoop {
   static_assert(kSteps % 2 == 0 && kSpanN % 16 == 0 && kStages >= 3);
 
   using Accumulators = float[kRows][kColumns][4];
+  using WarpStrip = Strip<kSpanN>;
+  static constexpr int kStrips = kRows;
+  static_assert(kWarpsM * kWarpsN * WarpStrip::kBytes <= kSharedBytes);
 
   static __device__ __forceinline__ void clear(Accumulators& acc) {
 #pragma unroll
@@ -46,9 +51,8 @@ struct TensorCoreLoop {
   // they are copied with kWhole.
   template <class Source>
   static __device__ __forceinline__ void run(Accumulators& acc, Source& source, int tiles, uint32_t shared) {
-    const int warp = threadIdx.x / 32;
-    const Fragments<TileA, kSpanM, 3> place_a(shared, warp / kWarpsN * kSpanM);
-    const Fragments<TileB, kSpanN, 4> place_b(shared + TileA::kBytes, warp % kWarpsN * kSpanN);
+    const Fragments<TileA, kSpanM, 3> place_a(shared, warp_row());
+    const Fragments<TileB, kSpanN, 4> place_b(shared + TileA::kBytes, warp_column());
     uint32_t a[2][kRows][4], b[2][kColumns / 2][4];
     const auto load_step = [&](int into, int stage, int step) {
 #pragma unroll
@@ -106,6 +110,23 @@ struct TensorCoreLoop {
     }
     copy_wait<0>();
     __syncthreads();
+  }
+
+  static __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 / kWarpsN * kSpanM; }
+  static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % kWarpsN * kSpanN; }
+
+  // Writes 16 rows of the warp's accumulators. The number may vary at run time: registers cannot be indexed, code can.
+  static __device__ __forceinline__ void store_strip(const Accumulators& acc, int number, unsigned char* strip) {
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (i != number) continue;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        *reinterpret_cast<float2*>(WarpStrip::at(strip, row, column + 8 * j)) = {acc[i][j][0], acc[i][j][1]};
+        *reinterpret_cast<float2*>(WarpStrip::at(strip, row + 8, column + 8 * j)) = {acc[i][j][2], acc[i][j][3]};
+      }
+    }
   }
 };
 

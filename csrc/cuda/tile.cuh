@@ -27,13 +27,12 @@ struct Tile {
 
   // Chunks of a row are permuted by exclusive or with the row, so that neither the eight chunks of one column that
   // ldmatrix reads at once nor the eight of one row that eight threads write share a bank. Rows of 64 bytes lie two to a
-  // line of banks. Threads of the float32 loop read every fourth row.
-  static constexpr int kRowsALine = kChunks < 8 ? 8 / kChunks : 1;
-  static constexpr int kStep = sizeof(T) == 4 ? 4 : kRowsALine;
+  // line of banks.
+  static constexpr int kStep = kChunks < 8 ? 8 / kChunks : 1;
   static constexpr int kTurns = kChunks < 8 ? kChunks : 8;
   static_assert(kChunks % 4 == 0 && kBytes % 128 == 0);
 
-  static __device__ __forceinline__ int turn(int row) { return row / kStep % kTurns; }
+  static constexpr __device__ __forceinline__ int turn(int row) { return row / kStep % kTurns; }
   static __device__ __forceinline__ int place(int row, int chunk) {
     return row * kRowBytes + 16 * (chunk ^ turn(row));
   }

@@ -7,12 +7,14 @@ choice is made give the same bits.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from mixpert_kernels.backends.chips import chip  # noqa: F401
+from mixpert_kernels.backends.chips import chip
+
+from . import _launch
 
 # How kernels are called after their element type.
 SUFFIX = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -29,3 +31,29 @@ def forced(choice: Any) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def of_size(name: str, device: torch.device, blocks: Callable[[dict[str, int]], int]) -> str:
+    """``<name>_large``, or ``<name>_small`` where large blocks would not be one for every multiprocessor.
+
+    Both give the same bits, so that this may depend on the batch.
+
+    Args:
+        name: op and element type.
+        device: of the call.
+        blocks: how many a kernel of these constants has.
+    """
+    kernels = _launch.kernels()
+    large, small = f"{name}_large", f"{name}_small"
+    if _forced is not None and f"{name}_{_forced}" in kernels:
+        return f"{name}_{_forced}"
+    few = blocks(kernels[large].constants) < chip(device).multiprocessors
+    return small if few and small in kernels else large
+
+
+def persistent(kernel: str, device: torch.device, blocks: int) -> int:
+    """The grid of a kernel whose thread blocks take one block of outputs after another: what the chip holds at once."""
+    if blocks > _launch.MAX_GRID:
+        raise ValueError(f"{kernel}: at most {_launch.MAX_GRID} blocks, got {blocks}")
+    held = _launch.resident_blocks(kernel, device) * chip(device).multiprocessors
+    return min(blocks, max(held, 1))

@@ -1,0 +1,81 @@
+// z[b, t, i * N + n] = sum_k x[b, t, k] * w_i[e, n, k] + bias_i[e, n]     with e = expert[b], i the weight
+// y[b, t, c] = scale[e, c] * act(z[b, t, c]) + residual[b, t, c]          with c in [0, width), width = weights * N
+//
+// A block of outputs is kBlockM tokens of one tile x kBlockN columns of one weight. There are B * ceil(T / kBlockM) *
+// weights * ceil(N / kBlockN), a number the host knows: no expert id ever leaves the device, and a captured graph replays
+// for any routing. The blocks of the grid, as many as the chip holds at once, take outputs number blockIdx, blockIdx +
+// grid, ...
+//
+// Tiles are visited expert by expert (order), so that blocks that run together share one expert's weights in L2.
+#pragma once
+
+#include "epilogue.cuh"
+#include "grouped_linear_args.cuh"
+#include "loops.cuh"
+#include "schedule.cuh"
+
+namespace mixpert {
+
+template <class Loop_>
+struct GroupedLinearConfig {
+  using Loop = Loop_;
+  static constexpr int kThreads = Loop::kThreads;
+  static constexpr int kMinBlocks = Loop::kMinBlocks;
+  static constexpr int kSharedBytes = Loop::kSharedBytes;
+  static constexpr void constants(Facts& facts) {
+    facts.constant("block_m", Loop::kBlockM);
+    facts.constant("block_n", Loop::kBlockN);
+    facts.constant("block_k", Loop::kDepth);
+  }
+};
+
+// One block of outputs. x: of the tile, rows stride_xt apart; Args has the fields of GroupedLinearArgs but for these.
+template <class Loop, class Args, typename T>
+__device__ __forceinline__ void linear_block(const Args& args, const T* x, long long stride_xt, int tile, int expert,
+                                             int first_row, int column_block) {
+  const int weight_blocks = ceil_div(args.columns, Loop::kBlockN);
+  const int i = column_block / weight_blocks;
+  const int first_column = column_block % weight_blocks * Loop::kBlockN;
+  const long long e = expert;
+  const T* w = pick(i, args.w0, args.w1, args.w2) + e * args.stride_we + first_column * args.stride_wn;
+
+  typename Loop::Accumulators acc;
+  Loop::clear(acc);
+  Product<Loop> source{{x + first_row * stride_xt, stride_xt, args.tokens - first_row},
+                       {w, args.stride_wn, args.columns - first_column},
+                       args.depth};
+  unsigned char* shared = dynamic_shared();
+  Loop::run(acc, source, ceil_div(args.depth, Loop::kDepth), shared_address(shared));
+
+  const int width = args.weights * args.columns, column = i * args.columns + first_column;
+  const long long place = tile * args.stride_yb + first_row * args.stride_yt + column;
+  const T* bias = pick(i, args.b0, args.b1, args.b2);
+  const Outputs<T> out{args.y + place,
+                       args.pre ? args.pre + place : nullptr,
+                       args.residual ? args.residual + place : nullptr,
+                       bias ? bias + e * args.columns + first_column : nullptr,
+                       args.scale ? args.scale + e * width + column : nullptr,
+                       args.stride_yt,
+                       args.tokens - first_row,
+                       args.columns - first_column,
+                       args.activation,
+                       args.vectors != 0};
+  write_block<Loop>(acc, out, shared);
+}
+
+template <class Config, typename T>
+__device__ __forceinline__ void grouped_linear(const GroupedLinearArgs<T>& args) {
+  using Loop = typename Config::Loop;
+  const int token_blocks = ceil_div(args.tokens, Loop::kBlockM);
+  const int row_blocks = args.batch * token_blocks;
+  const int column_blocks = args.weights * ceil_div(args.columns, Loop::kBlockN);
+  for (int block = blockIdx.x; block < row_blocks * column_blocks; block += gridDim.x) {
+    const Place place = locate(block, row_blocks, column_blocks);
+    const int tile = args.order[place.row / token_blocks];
+    linear_block<Loop>(args, args.x + tile * args.stride_xb, args.stride_xt, tile, args.expert[tile],
+                       place.row % token_blocks * Loop::kBlockM, place.column);
+    __syncthreads();  // the next block fills the memory that strips are read from
+  }
+}
+
+}  // namespace mixpert
