@@ -109,9 +109,12 @@ def _device(name: str | None) -> torch.device:
     import torch
 
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"tune: --device must name a device, got {name} ({error})") from None
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"tune: --device must name a device, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"tune: --device must be a CPU or a GPU, got {name}")
+    return device
 
 
 def _workload(args: argparse.Namespace) -> Workload:

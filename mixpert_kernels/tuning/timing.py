@@ -33,7 +33,6 @@ def time_interleaved(
     repeats = {name: _repeats(seconds_of(call, device)) for name, call in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in names}
     collecting = gc.isenabled()
-    gc.collect()
     gc.disable()
     start = time.perf_counter()
     try:
