@@ -33,15 +33,14 @@
   FIELDS(MIXPERT_MEMBER)       \
   static constexpr void fields(mixpert::Facts& facts) { FIELDS(MIXPERT_FIELD) }
 
-// A name is its entry in the PTX; types with commas need an alias.
+// A name is its entry in the PTX; types with commas need an alias. The facts are no "C" variable: nvcc's host code looks
+// for those outside of all namespaces.
 #define MIXPERT_KERNEL(name, Config, Args, body)                                                                  \
   extern "C" __global__ void __launch_bounds__(Config::kThreads, Config::kMinBlocks)                              \
       name(const __grid_constant__ Args args) {                                                                   \
     body<Config>(args);                                                                                           \
   }                                                                                                               \
-  extern "C" {                                                                                                    \
   __device__ mixpert::Facts name##_facts = mixpert::facts<Config, Args>();                                        \
-  }                                                                                                               \
   static const mixpert::Registration name##_registration{#name, reinterpret_cast<const void*>(name), sizeof(Args), \
                                                          mixpert::facts<Config, Args>(), Config::kThreads,        \
                                                          Config::kSharedBytes};

@@ -173,7 +173,8 @@ def kernels(arch: int) -> dict[str, _launch.Facts]:
     """What ``_launch.kernels`` says with the extension: every kernel's facts, read from the PTX."""
     found = {}
     for name, path in modules(arch).items():
-        row = re.search(rf"{name}_facts\[\d+\] = {{([\d, ]+)}}", ptx(path, arch))
+        variable = rf"(?:_ZN7mixpert\d+)?{name}_factsE?"  # in the namespace or outside
+        row = re.search(rf" {variable}\[\d+\] = {{([\d, ]+)}}", ptx(path, arch))
         if row is None:  # no kernel of MIXPERT_KERNEL
             continue
         values = bytes(int(v) for v in row.group(1).split(","))

@@ -19,6 +19,9 @@ from mixpert_kernels.backends import chips
 from . import _sass
 from ._launch import Facts, parse
 
+FACTS = re.compile(
+    r"(?:_ZN7mixpert\d+)?([a-z]\w*)_factsE?"
+)  # the variable, in the namespace or outside
 COUNTS = ("mma", "ldmatrix", "cp_async", "other")
 USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -145,9 +148,9 @@ def facts(cubin: bytes) -> dict[str, Facts]:
         for at in range(table.offset, table.offset + table.size, 24):
             name_at, home, value = struct.unpack_from("<I2xHQ", cubin, at)
             end = cubin.index(b"\0", names + name_at)
-            kernel, is_facts, rest = cubin[names + name_at : end].decode().partition("_facts")
-            if is_facts and not rest and 0 < home < count:
+            named = FACTS.fullmatch(cubin[names + name_at : end].decode())
+            if named and 0 < home < count:
                 begin = sections[home].offset + value
                 text = cubin[begin : cubin.index(b"\0", begin)]
-                found[kernel] = parse(text.decode())
+                found[named[1]] = parse(text.decode())
     return found
