@@ -8,7 +8,8 @@ V in one GEMM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from _harness import DEVICE, DTYPE, Output, Unavailable
 from _models import NUM_EXPERTS, PlainTower
 from torch import Tensor, nn
+
+from mixpert_kernels import backends
 
 
 class Sorted(NamedTuple):
@@ -223,6 +226,16 @@ def captured(call: Callable[[], Output]) -> Callable[[], Output]:
         return outputs
 
     return run
+
+
+@contextlib.contextmanager
+def only(backend: str) -> Iterator[None]:
+    """Within, ``auto`` takes this backend, and raises where it cannot run."""
+    before, backends.BACKENDS = backends.BACKENDS, (backend,)
+    try:
+        yield
+    finally:
+        backends.BACKENDS = before
 
 
 def compiled(function: Callable, *args: object, freeze: bool = False) -> Callable:

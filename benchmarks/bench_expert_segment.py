@@ -29,6 +29,7 @@ from _models import (
 from torch import Tensor
 
 from mixpert_kernels import FusedMixpertTower, Routing
+from mixpert_kernels.backends import why_not
 
 GEOMETRY = {"ci": TINY, "default": BASE, "full": SO400M}[SIZE]
 CASES = {
@@ -53,12 +54,34 @@ def setup() -> Setup:
     return Setup(ours, plain, in_float32(plain), baselines.StackedWeights(plain))
 
 
+Maker = Callable[[Setup, Tensor, Tensor], Callable[[], Tensor]]
+
+
 def ours(s: Setup, x: Tensor, expert: Tensor) -> Callable[[], Tensor]:
     return lambda: s.ours.expert_segment(x, Routing.forced(expert, NUM_EXPERTS))
 
 
 def dense(s: Setup, x: Tensor, expert: Tensor) -> Callable[[], Tensor]:
     return lambda: s.plain[DENSE_EXPERT].segment(x)
+
+
+def ours_by(backend: str, captured: bool) -> Maker:
+    """All ops by one backend, where ``ours`` takes what ``auto`` takes."""
+
+    def make(s: Setup, x: Tensor, expert: Tensor) -> Callable[[], Tensor]:
+        reason = why_not("grouped_linear", backend, device=DEVICE, dtype=DTYPE)
+        if reason is not None:
+            raise Unavailable(reason)
+        segment = ours(s, x, expert)
+
+        def call() -> Tensor:
+            with baselines.only(backend):
+                return segment()
+
+        return baselines.captured(call) if captured else call
+
+    make.__name__ = f"ours_{backend}" + "_captured" * captured
+    return make
 
 
 def ours_captured(s: Setup, x: Tensor, expert: Tensor) -> Callable[[], Tensor]:
@@ -122,6 +145,7 @@ def _sorted(
 VARIANTS = (
     ours,
     ours_captured,
+    *(ours_by(backend, captured) for backend in ("triton", "cuda") for captured in (False, True)),
     dense,
     dense_captured,
     naive_loop,
@@ -143,7 +167,7 @@ def scenario(batch: int, kind: str) -> Scenario:
     exact = [tower.segment for tower in s.exact]
     single = torch.full_like(expert, DENSE_EXPERT)
 
-    def variant(make: Callable[[Setup, Tensor, Tensor], Callable[[], Tensor]]) -> Variant:
+    def variant(make: Maker) -> Variant:
         truth = functools.partial(baselines.per_group, exact, single, x.to(torch.float32))
         return Variant(
             make.__name__, lambda: make(s, x, expert), truth if make in OF_ONE_EXPERT else None
