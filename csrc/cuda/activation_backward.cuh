@@ -20,7 +20,7 @@ struct ActivationBackwardArgs {
   FIELD(const T*, pre)        /* (B, T, N), or null where neither act nor the sum for scale is */ \
   FIELD(const T*, scale)      /* (E, N) or null */                                                \
   FIELD(const int*, expert)   /* (B,) */                                                          \
-  FIELD(T*, dz)               /* (B, T, N) or null */                                            \
+  FIELD(T*, dz)               /* (B, T, N), dense, or null */                                     \
   FIELD(float*, bias)         /* (B, S, N), or null */                                            \
   FIELD(float*, dscale)       /* (B, S, N), or null */                                            \
   FIELD(int, tokens)                                                                              \
@@ -31,8 +31,6 @@ struct ActivationBackwardArgs {
   FIELD(long long, stride_yt)                                                                     \
   FIELD(long long, stride_pb)                                                                     \
   FIELD(long long, stride_pt)                                                                     \
-  FIELD(long long, stride_zb)                                                                     \
-  FIELD(long long, stride_zt)                                                                     \
   FIELD(long long, stride_s)  /* of bias and dscale, between chunks */
   MIXPERT_FIELDS(FIELDS)
 #undef FIELDS
@@ -136,7 +134,7 @@ __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args)
     });
 #pragma unroll
     for (int j = 0; j < kVector; ++j) bias[j] += dz[j];
-    if (args.dz) columns.store(args.dz + b * args.stride_zb + t * args.stride_zt, dz);
+    if (args.dz) columns.store(args.dz + (b * args.tokens + t) * args.width, dz);
   }
   const long long part = (b * chunks + chunk) * args.stride_s;
   if (args.bias) columns.store_sum(args.bias + part, bias);

@@ -24,17 +24,24 @@ def aligned(*tensors: Tensor | None) -> bool:
     )
 
 
-def empty_rows(like: Tensor, *shape: int) -> Tensor:
-    """A new tensor of this shape whose rows are as long as they must be for all to be aligned."""
-    numbers = ALIGNMENT // like.element_size()
-    return like.new_empty(*shape[:-1], cdiv(shape[-1], numbers) * numbers)[..., : shape[-1]]
+def padded(tensor: Tensor) -> Tensor:
+    """The tensor with rows that begin at multiples of 16 bytes and are as long, which zeros follow where they were not.
 
-
-def aligned_rows(tensor: Tensor) -> Tensor:
-    """The tensor; copied if its rows are not aligned, as those of an odd number of halves cannot be."""
-    if aligned(tensor):
+    A copy where needed: rows of an odd number of halves cannot be what cp.async reads.
+    """
+    width, numbers = tensor.shape[-1], ALIGNMENT // tensor.element_size()
+    if width % numbers == 0 and aligned(tensor):
         return tensor
-    return empty_rows(tensor, *tensor.shape).copy_(tensor)
+    wide = tensor.new_zeros(*tensor.shape[:-1], cdiv(width, numbers) * numbers)
+    wide[..., :width] = tensor
+    return wide
+
+
+def aligned_pieces(width: int, *tensors: Tensor | None) -> bool:
+    """Whether dense rows of this width fall into pieces of four numbers that can be moved at once."""
+    return width % 4 == 0 and all(
+        t.data_ptr() % (4 * t.element_size()) == 0 for t in tensors if t is not None
+    )
 
 
 def rows_dense(tensor: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixpert_kernels.backends.reference.activations import ACTIVATIONS
+
 from . import _configs, _launch
-from ._operands import WEIGHTS, aligned, cdiv, empty_rows, named, rows_dense, strides
+from ._operands import WEIGHTS, aligned, cdiv, named, rows_dense, strides
 
 
 def backward_parts(
@@ -38,7 +40,7 @@ def backward_parts(
     (batch, tokens, width), chunks = dy.shape, cdiv(dy.shape[1], constants["chunk"])
     pre = rows_dense(pre) if needs_scale or activation != "none" else None
     scale = None if scale is None else scale.to(dy.dtype).contiguous()
-    dz = empty_rows(dy, *dy.shape) if needs_dz else None
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if needs_dz else None
     columns = (needs_bias + needs_scale) * width
     parts = dy.new_empty(batch, chunks, columns, dtype=torch.float32) if columns else None
     args = {
@@ -51,11 +53,10 @@ def backward_parts(
         "dscale": parts[..., -width:] if needs_scale else None,
         "tokens": tokens,
         "width": width,
-        "activation": _configs.ACTIVATIONS[activation],
+        "activation": ACTIVATIONS.index(activation),
         "vectors": aligned(dy, pre, scale, dz) and width * dy.element_size() % 16 == 0,
         **strides("stride_y{}", dy, "bt"),
         **strides("stride_p{}", pre, "bt"),
-        **strides("stride_z{}", dz, "bt"),
         "stride_s": columns,
     }
     _launch.launch(kernel, batch * chunks * cdiv(width, constants["columns"]), args)
