@@ -207,6 +207,7 @@ def _run_ninja(toolchain: Toolchain, folder: Path, target: str, *, strict: bool)
     rules = "\n".join(ninja_lines(toolchain, includes, strict=strict)) + "\n"
     (folder / "build.ninja").write_text(rules, encoding="utf-8")
     command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-v", target]
+    command += ["-k", "0"] if strict else []  # every file's warnings in one run
     if os.environ.get("MAX_JOBS"):
         command += ["-j", os.environ["MAX_JOBS"]]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -22,6 +22,8 @@ runpy.run_path("setup.py", run_name="__main__")
 KERNEL = """
 #include "kernel.cuh"
 
+namespace mixpert {
+
 struct NAME_Args {
 #define FIELDS(FIELD) \\
   FIELD(const float*, x) \\
@@ -45,6 +47,8 @@ __device__ void NAME_block(const NAME_Args& args) {
 }
 
 MIXPERT_KERNEL(NAME, NAME_Config, NAME_Args, NAME_block)
+
+}  // namespace mixpert
 """
 
 
