@@ -41,8 +41,8 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Four 8x8 matrices of 16-bit numbers, whose rows lie where lanes 8i .. 8i + 7 point; thread l gets numbers 2 (l % 4) and
-// the next one of row l / 4 of each. With kTransposed, of column l / 4.
+// Four 8x8 matrices of 16-bit numbers, whose rows lie where lanes 8i .. 8i + 7 point; thread l gets numbers 2 (l % 4)
+// and the next one of row l / 4 of each. With kTransposed, of column l / 4.
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
   if constexpr (kTransposed) {

@@ -3,9 +3,9 @@
 //   z = acc + bias        pre = z rounded
 //   y = scale * act(z) + residual, in float32, rounded once
 //
-// Accumulators lie scattered over the lanes, so each warp passes them through shared memory in strips of 16 rows: a loop
-// writes a strip in its own layout (Loop::store_strip), and here lanes read it by rows, so that residual, pre and y are
-// full vectors of 16 bytes. Only the warp's own lanes meet at a strip.
+// Accumulators lie scattered over the lanes, so each warp passes them through shared memory in strips of 16 rows: a
+// loop writes a strip in its own layout (Loop::store_strip), and here lanes read it by rows, so that residual, pre and
+// y are full vectors of 16 bytes. Only the warp's own lanes meet at a strip.
 #pragma once
 
 #include "activations.cuh"

@@ -2,9 +2,9 @@
 // y[b, t, c] = scale[e, c] * act(z[b, t, c]) + residual[b, t, c]          with c in [0, width), width = weights * N
 //
 // A block of outputs is kBlockM tokens of one tile x kBlockN columns of one weight. There are B * ceil(T / kBlockM) *
-// weights * ceil(N / kBlockN), a number the host knows: no expert id ever leaves the device, and a captured graph replays
-// for any routing. The blocks of the grid, as many as the chip holds at once, take outputs number blockIdx, blockIdx +
-// grid, ...
+// weights * ceil(N / kBlockN), a number the host knows: no expert id ever leaves the device, and a captured graph
+// replays for any routing. The blocks of the grid, as many as the chip holds at once, take outputs number blockIdx,
+// blockIdx + grid, ...
 //
 // Tiles are visited expert by expert (order), so that blocks that run together share one expert's weights in L2.
 #pragma once
@@ -34,21 +34,22 @@ template <class Loop, class Args, typename T>
 __device__ __forceinline__ void linear_block(const Args& args, const T* x, long long stride_xt, int tile, int expert,
                                              int first_row, int column_block) {
   const int weight_blocks = ceil_div(args.columns, Loop::kBlockN);
-  const int i = column_block / weight_blocks;
-  const int first_column = column_block % weight_blocks * Loop::kBlockN;
-  const long long e = expert;
-  const T* w = pick(i, args.w0, args.w1, args.w2) + e * args.stride_we + first_column * args.stride_wn;
-
   typename Loop::Accumulators acc;
   Loop::clear(acc);
-  Product<Loop> source{{x + first_row * stride_xt, stride_xt, args.tokens - first_row},
-                       {w, args.stride_wn, args.columns - first_column},
-                       args.depth};
   unsigned char* shared = dynamic_shared();
-  Loop::run(acc, source, ceil_div(args.depth, Loop::kDepth), shared_address(shared));
-
+  {
+    const int i = column_block / weight_blocks, first_column = column_block % weight_blocks * Loop::kBlockN;
+    const T* w = pick(i, args.w0, args.w1, args.w2) + expert * args.stride_we + first_column * args.stride_wn;
+    Product<Loop> source{{x + first_row * stride_xt, stride_xt, args.tokens - first_row},
+                         {w, args.stride_wn, args.columns - first_column},
+                         args.depth};
+    Loop::run(acc, source, ceil_div(args.depth, Loop::kDepth), shared_address(shared));
+  }
+  // Found anew: what is kept over the loop takes registers that it has no more of.
+  asm volatile("" : "+r"(tile), "+r"(expert), "+r"(first_row), "+r"(column_block));
+  const int i = column_block / weight_blocks, first_column = column_block % weight_blocks * Loop::kBlockN;
   const int width = args.weights * args.columns, column = i * args.columns + first_column;
-  const long long place = tile * args.stride_yb + first_row * args.stride_yt + column;
+  const long long e = expert, place = tile * args.stride_yb + first_row * args.stride_yt + column;
   const T* bias = pick(i, args.b0, args.b1, args.b2);
   const Outputs<T> out{args.y + place,
                        args.pre ? args.pre + place : nullptr,

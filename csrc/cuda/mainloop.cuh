@@ -3,9 +3,9 @@
 // Warps share the block as kWarpsM x kWarpsN; a warp holds its part in registers, as blocks of 16 x 8 (mma.sync). Every
 // output has one accumulator and k ascends in steps of 16, so all shapes give the same bits.
 //
-// Tiles of kDepth of k pass through kStages buffers. While the products of a step of 16 run, the operands of the next one
-// are loaded from shared memory, and the tile kStages - 1 ahead is on its way from global memory. One barrier a tile: it
-// says that the next tile has landed, and that all warps have left the buffer that is filled next.
+// Tiles of kDepth of k pass through kStages buffers. While the products of a step of 16 run, the operands of the next
+// one are loaded from shared memory, and the tile kStages - 1 ahead is on its way from global memory. One barrier a
+// tile: it says that the next tile has landed, and that all warps have left the buffer that is filled next.
 #pragma once
 
 #include <type_traits>
@@ -45,10 +45,10 @@ struct TensorCoreLoop {
   // Adds `tiles` tiles of k. All threads of the block call this, once or several times with the same acc; afterwards
   // shared memory is free and the source spent.
   //
-  // Source::load<kWhole>(buffer, ahead) copies a tile of A and, TileA::kBytes further, of B, or zeros when there is none
-  // left: the one that is `ahead` of those that Source::advance(tiles) has passed. Every tile is asked for once, in
-  // order, and kStages - 1 more than there are. Source::whole(tiles) says whether so many lie ahead that need no mask:
-  // they are copied with kWhole.
+  // Source::load<kWhole>(buffer, ahead) copies a tile of A and, TileA::kBytes further, of B, or zeros when there is
+  // none left: the one that is `ahead` of those that Source::advance(tiles) has passed. Every tile is asked for once,
+  // in order, and kStages - 1 more than there are. Source::whole(tiles) says whether so many lie ahead that need no
+  // mask: they are copied with kWhole.
   template <class Source>
   static __device__ __forceinline__ void run(Accumulators& acc, Source& source, int tiles, uint32_t shared) {
     const Fragments<TileA, kSpanM, 3> place_a(shared, warp_row());

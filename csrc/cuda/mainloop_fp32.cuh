@@ -1,5 +1,5 @@
-// The main loop for float32, exact: acc[m, n] = fma(A[m, k], B[n, k], acc[m, n]) for k = 0, 1, 2, ..., so that all shapes
-// give the same bits. Tensor cores would round the operands to TF32.
+// The main loop for float32, exact: acc[m, n] = fma(A[m, k], B[n, k], acc[m, n]) for k = 0, 1, 2, ..., so that all
+// shapes give the same bits. Tensor cores would round the operands to TF32.
 //
 // A warp computes 32 x 8 kThreadN, its lanes lie 4 x 8. A thread computes 8 x kThreadN: where k is contiguous, every
 // fourth row and every eighth column, read as four numbers of k; where mn is, runs of four neighbours, read as such. Of

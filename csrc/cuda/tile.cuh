@@ -26,8 +26,8 @@ struct Tile {
   static constexpr int kBytes = kRows * kRowBytes;
 
   // Chunks of a row are permuted by exclusive or with the row, so that neither the eight chunks of one column that
-  // ldmatrix reads at once nor the eight of one row that eight threads write share a bank. Rows of 64 bytes lie two to a
-  // line of banks.
+  // ldmatrix reads at once nor the eight of one row that eight threads write share a bank. Rows of 64 bytes lie two to
+  // a line of banks.
   static constexpr int kStep = kChunks < 8 ? 8 / kChunks : 1;
   static constexpr int kTurns = kChunks < 8 ? kChunks : 8;
   static_assert(kChunks % 4 == 0 && kBytes % 128 == 0);
@@ -38,9 +38,9 @@ struct Tile {
   }
 };
 
-// Copies the tiles of an operand along k, one after the other. Neighbouring threads copy neighbouring chunks of a row, so
-// that whole sectors are read. Past k the tile is filled with zeros. Nothing is made of what lies past the operand's mn:
-// there the last row or chunk is copied again, or zeros.
+// Copies the tiles of an operand along k, one after the other. Neighbouring threads copy neighbouring chunks of a row,
+// so that whole sectors are read. Past k the tile is filled with zeros. Nothing is made of what lies past the operand's
+// mn: there the last row or chunk is copied again, or zeros.
 //
 // Rows must start at multiples of 16 bytes, and their length (k or mn) be one.
 template <class Tile>
@@ -80,8 +80,8 @@ class Loader {
     for (int pass = 0; pass < kPasses; ++pass) from_[pass] = first + column_ + (row + pass * kRowStep) * stride_;
   }
 
-  // Copies to `tile` the tile that is `ahead` of those that advance() has passed. Each is copied once, in order; `ahead`
-  // is a constant. left: numbers of k from the tile's first on; kWhole says that they fill it.
+  // Copies to `tile` the tile that is `ahead` of those that advance() has passed. Each is copied once, in order;
+  // `ahead` is a constant. left: numbers of k from the tile's first on; kWhole says that they fill it.
   template <bool kWhole>
   __device__ __forceinline__ void load(uint32_t tile, int ahead, int left) {
     const int row = threadIdx.x / kLanes, chunk = threadIdx.x % kLanes;
@@ -102,9 +102,10 @@ class Loader {
         } else {
           copy_async(to, from_[pass], inside);
         }
-        if constexpr (kAcross == 2) copy_async(to + 16 * kLanes, from_[pass] + kLanes * Tile::kNumbers, inside && wide_);
-        // Plain C++ makes the compiler keep the old pointer, to add a multiple of the step to it.
-        asm volatile("add.s64 %0, %0, %1;" : "+l"(from_[pass]) : "l"(stride_ * Tile::kDepth * int(sizeof(T))));
+        if constexpr (kAcross == 2) {
+          copy_async(to + 16 * kLanes, from_[pass] + kLanes * Tile::kNumbers, inside && wide_);
+        }
+        move(from_[pass], stride_ * Tile::kDepth * int(sizeof(T)));
       }
     }
   }
@@ -112,11 +113,16 @@ class Loader {
   __device__ __forceinline__ void advance(int tiles) {
     if constexpr (kAlongK) {
 #pragma unroll
-      for (int pass = 0; pass < kPasses; ++pass) from_[pass] += tiles * Tile::kDepth;
+      for (int pass = 0; pass < kPasses; ++pass) move(from_[pass], tiles * Tile::kDepth * int(sizeof(T)));
     }
   }
 
  private:
+  // In place: from plain C++ the compiler keeps the old pointer too, and moves registers.
+  static __device__ __forceinline__ void move(const T*& pointer, long long bytes) {
+    asm volatile("add.s64 %0, %0, %1;" : "+l"(pointer) : "l"(bytes));
+  }
+
   int to_;
   const T* from_[kPasses];
   long long stride_;

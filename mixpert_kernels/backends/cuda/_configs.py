@@ -19,6 +19,9 @@ from . import _launch
 # How kernels are called after their element type.
 SUFFIX = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
+# Of outputs: a kernel counts them, a grid at a time, in 32 bits.
+MAX_BLOCKS = 2**30
+
 _forced: Any = None
 
 
@@ -31,6 +34,11 @@ def forced(choice: Any) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def choice() -> Any:
+    """What ``forced`` asks for; None where the host is to choose."""
+    return _forced
 
 
 def of_size(name: str, device: torch.device, blocks: Callable[[dict[str, int]], int]) -> str:
@@ -53,7 +61,7 @@ def of_size(name: str, device: torch.device, blocks: Callable[[dict[str, int]], 
 
 def persistent(kernel: str, device: torch.device, blocks: int) -> int:
     """The grid of a kernel whose thread blocks take one block of outputs after another: what the chip holds at once."""
-    if blocks > _launch.MAX_GRID:
-        raise ValueError(f"{kernel}: at most {_launch.MAX_GRID} blocks, got {blocks}")
+    if blocks > MAX_BLOCKS:
+        raise ValueError(f"{kernel}: at most {MAX_BLOCKS} blocks of outputs, got {blocks}")
     held = _launch.resident_blocks(kernel, device) * chip(device).multiprocessors
     return min(blocks, max(held, 1))
