@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Dinov2Config, LlavaConfig, SiglipVisionConfig, SiglipVisionModel
 
-from mixpert_kernels import FusedMixpertTower, Routing, cli
+from mixpert_kernels import Routing, cli
 from mixpert_kernels.backends import choice, pick, why_not
 from mixpert_kernels.backends.cpu import grouped_layer_norm as cpu_norm
 from mixpert_kernels.backends.cpu import grouped_linear as cpu_linear
-from mixpert_kernels.hf import widths
 from mixpert_kernels.tuning import Call, Timing, run, timing, tune
 from mixpert_kernels.tuning.checking import why_wrong
 
@@ -275,6 +273,33 @@ def test_a_gpu_is_timed_by_its_own_clock(monkeypatch):
     assert log == ["wait", "record", *["call"] * 3, "record", "wait"]
 
 
+def test_captured_calls_are_timed_by_their_replay(monkeypatch):
+    """And what waits for its routes is left out, as a capture refuses it."""
+    recorded = []
+
+    class Recorder:
+        def __init__(self, device):
+            assert device == CPU
+
+        def record(self, call):
+            recorded.append(call)
+            if len(recorded) == 3:
+                raise RuntimeError("operation not permitted\nwhen stream is capturing")
+            return None, lambda: None
+
+    monkeypatch.setattr("mixpert_kernels.hf.cuda_graph.CudaRecorder", Recorder)
+    ready, excluded = {name: lambda: None for name in ("triton", "reference", "loop")}, {}
+    assert set(run._captured(ready, CPU, excluded)) == {"triton", "reference"}
+    assert recorded == list(ready.values())
+    assert excluded == {
+        "loop": "cannot be captured: operation not permitted when stream is capturing"
+    }
+    with pytest.raises(ValueError, match="captured must be False on a CPU"):
+        measure(LINEAR, captured=True)
+    row = choice.Measured("route", "float32", (4,), "cuda", "2026-01-31", captured=True)
+    assert row.reason.startswith("measured here on 2026-01-31 in CUDA graphs: ")
+
+
 def test_tune_stores_auto_follows_and_info_shows(capsys, cache, clock):
     place = {"device": CPU, "dtype": torch.float32}
     assert ".cpu." in pick("grouped_linear", "auto", **place, widths=(24, 24)).__name__
@@ -355,57 +380,3 @@ def test_an_op_that_finds_no_memory_is_left_out(monkeypatch):
     monkeypatch.setattr(run, "time_interleaved", full)
     report = measure(LINEAR)
     assert report.rows == [] and report.timings[0].excluded["cpu"] == "no memory for 3 tiles"
-
-
-def names(work: widths.Workload) -> set[tuple[str, tuple[int, ...]]]:
-    return {(call.op, call.widths) for call in work.calls}
-
-
-def test_what_a_tower_calls_is_found_without_its_weights(tmp_path):
-    sizes = {"num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    config = SiglipVisionConfig(hidden_size=24, intermediate_size=40, **sizes)
-    projector = torch.nn.Sequential(torch.nn.Linear(24, 16), torch.nn.GELU())
-    tower = FusedMixpertTower.from_vision_model(
-        SiglipVisionModel(config), projector, num_experts=3, expert_layers=1, router_hidden=20
-    )
-    tower.save_pretrained(tmp_path / "tower")
-    for weights in (tmp_path / "tower").glob("*.safetensors"):
-        weights.unlink()
-    found = widths.of_directory(tmp_path / "tower", experts=9)
-    assert (found.tokens, found.experts) == (16, 3)
-    fused = {("norm_grouped_linear", (24, 72)), ("norm_grouped_linear", (24, 40))}
-    fused |= {("grouped_linear", (24, 24)), ("grouped_linear", (40, 24))}
-    training = {("grouped_layer_norm", (24,)), ("grouped_linear", (24, 72))}
-    training |= {("grouped_mlp", (24, 40, 24))}
-    router = {("route", (24, 20, 3)), ("route_grouped_linear", (24, 72))}
-    assert names(found) == fused | training | router | {("grouped_linear", (24, 16))}
-    assert next(c for c in found.calls if c.widths == (24, 72)).parts == (24, 24, 24)
-    config.save_pretrained(tmp_path / "model")
-    found = widths.of_directory(tmp_path / "model", experts=2)
-    assert found.experts == 2 and names(found) == fused | training | {
-        ("route", (24, 2)), ("route_grouped_linear", (24, 72))
-    }  # fmt: skip
-
-
-def test_what_other_models_call(tmp_path):
-    sizes = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
-    swiglu = Dinov2Config(**sizes, use_swiglu_ffn=True, image_size=28, patch_size=14)
-    swiglu.save_pretrained(tmp_path / "dino")
-    found = widths.of_directory(tmp_path / "dino", experts=2)
-    assert found.tokens == 5 and ("grouped_linear", (24, 24)) in names(found)
-    assert not any("route_" in op for op, _ in names(found))  # leaves, no fused plan
-    sizes |= {"intermediate_size": 40}
-    text = sizes | {"model_type": "llama", "vocab_size": 99, "num_key_value_heads": 2}
-    vision = sizes | {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14}
-    LlavaConfig(vision_config=vision, text_config=text | {"hidden_size": 32}).save_pretrained(
-        tmp_path / "llava"
-    )
-    assert ("grouped_mlp", (24, 32, 32)) in names(widths.of_directory(tmp_path / "llava", 2))
-
-
-def test_the_named_geometries_are_the_models(cache):
-    found = widths.of_sizes(widths.GEOMETRIES["so400m"], 4)
-    assert {("route_grouped_linear", (1152, 3456)), ("grouped_mlp", (1152, 3584, 3584))} <= names(
-        found
-    )
-    assert (found.tokens, found.experts) == (729, 4)

@@ -50,6 +50,7 @@ class Measured:
         ratios: time of ``backend`` over that of each other candidate, the geometric mean over the batches.
         batches: numbers of tiles it was measured at.
         training: whether backward was measured too.
+        captured: whether CUDA graphs were timed, without the host's part.
     """
 
     op: str
@@ -60,6 +61,7 @@ class Measured:
     ratios: dict[str, float] = field(default_factory=dict)
     batches: tuple[int, ...] = ()
     training: bool = False
+    captured: bool = False
 
     @property
     def key(self) -> Key:
@@ -68,7 +70,8 @@ class Measured:
     @property
     def reason(self) -> str:
         others = [f"{ratio:.2f} of {name}" for name, ratio in self.ratios.items()]
-        return f"measured here on {self.date}: {', '.join(others) or 'no other could run'}"
+        how = " in CUDA graphs" if self.captured else ""
+        return f"measured here on {self.date}{how}: {', '.join(others) or 'no other could run'}"
 
 
 @dataclass

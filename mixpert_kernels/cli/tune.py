@@ -29,7 +29,7 @@ def add_parser(subparsers: Any) -> None:
         "loop over the experts, in interleaved rounds. A backend whose result is wrong is named and not timed. The "
         "fastest for each op, dtype and widths, over all batches, goes to the user's cache directory, and 'auto' "
         "follows it on this device with these versions. Times are of calls that follow each other, launches included; "
-        "captured in a CUDA graph, the host's part of them is saved.",
+        "--captured times CUDA graphs, for towers that are run by tower.capture.",
     )
     parser.add_argument(
         "model_dir",
@@ -59,6 +59,7 @@ def add_parser(subparsers: Any) -> None:
         "--seconds", type=float, default=60.0, metavar="S", help="about how long (default: 60)"
     )
     parser.add_argument("--train", action="store_true", help="time backward as well")
+    parser.add_argument("--captured", action="store_true", help="time CUDA graphs")
     parser.add_argument("--dry-run", action="store_true", help="store nothing")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
         batches=args.batches or ((1, 8, 32) if gpu else (1, 4)),
         seconds=args.seconds,
         train=args.train,
+        captured=args.captured,
         progress=not args.json,
     )
     if args.json:
@@ -149,7 +151,7 @@ def _print(report: Report, facts: dict[str, str], work: Workload) -> None:
         [f"  {timing.call.op}", _widths(timing.call.widths), f"{timing.batch} tiles", name, reason]
         for timing in report.timings
         for name, reason in timing.excluded.items()
-        if reason.startswith(("wrong", "fails", "no memory"))
+        if reason.startswith(("wrong", "fails", "no memory", "cannot be"))
     ]
     if excluded:
         print("\nnot timed, and not chosen")

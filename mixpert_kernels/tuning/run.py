@@ -71,6 +71,7 @@ def tune(
     batches: Sequence[int] = (1, 8, 32),
     seconds: float = 60.0,
     train: bool = False,
+    captured: bool = False,
     progress: bool = True,
 ) -> Report:
     """Time every call by every backend that can run it, and by a plain loop over the experts; store nothing.
@@ -87,10 +88,11 @@ def tune(
         batches: numbers of tiles, each at least 1.
         seconds: about how long; compilation comes on top, and slow calls run three rounds however long they take.
         train: time forward and backward as well, at equal weight.
+        captured: time CUDA graphs, as ``tower.capture`` runs them: the host's part of each call is saved.
         progress: show a bar in a terminal.
 
     Raises:
-        ValueError: a batch is below 1, or there is nothing to time.
+        ValueError: a batch is below 1, there is nothing to time, or ``captured`` on a CPU or with ``train``.
         RuntimeError: there is no such device, or the reference itself fails.
 
     Example:
@@ -108,6 +110,8 @@ def tune(
             if calls
             else "tune: calls must hold at least one call"
         )
+    if captured and (train or device.type != "cuda"):
+        raise ValueError("tune: captured must be False on a CPU and in training, got True")
     start = time.perf_counter()
     timings = [
         Timing(call, batch, direction)
@@ -119,14 +123,21 @@ def tune(
     for done, timing in enumerate(bar):
         bar.set_postfix_str(f"{timing.call.op} {timing.call.widths}, {timing.batch} tiles")
         left = seconds - (time.perf_counter() - start)
-        _measure(timing, tokens, experts, device, dtype, left / (len(timings) - done))
-    rows = choose(timings, dtype, train)
+        share = left / (len(timings) - done)
+        _measure(timing, tokens, experts, device, dtype, share, captured)
+    rows = [dataclasses.replace(row, captured=captured) for row in choose(timings, dtype, train)]
     return Report(device, dtype, timings, rows, time.perf_counter() - start)
 
 
 def _measure(
-    timing: Timing, tokens: int, experts: int, device: torch.device, dtype: torch.dtype, seconds: float
-) -> None:  # fmt: skip
+    timing: Timing,
+    tokens: int,
+    experts: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    captured: bool,
+) -> None:
     call = timing.call
     chosen = torch.arange(timing.batch, device=device) % experts
     routing = Routing.forced(chosen, experts)
@@ -147,6 +158,8 @@ def _measure(
             ready = {n: _ready(run, t, timing.direction) for n, run in runs.items()}
             for one in ready.values():
                 one()
+            if captured:
+                ready = _captured(ready, device, timing.excluded)
             timing.rounds = time_interleaved(ready, device, seconds)
     except torch.OutOfMemoryError:
         timing.rounds = {}
@@ -174,6 +187,22 @@ def _ready(run: Callable[[Tensors], Tensors], t: Tensors, direction: str) -> Cal
         return torch.autograd.grad(y, list(leaves.values()), dy)
 
     return step
+
+
+def _captured(
+    ready: dict[str, Callable[[], object]], device: torch.device, excluded: dict[str, str]
+) -> dict[str, Callable[[], object]]:
+    """The calls as CUDA graphs; one that cannot be captured, as a loop that waits for its routes, is excluded."""
+    from mixpert_kernels.hf.cuda_graph import CudaRecorder
+
+    recorder = CudaRecorder(device)
+    replays = {}
+    for name, call in ready.items():
+        try:
+            _, replays[name] = recorder.record(call)
+        except RuntimeError as error:
+            excluded[name] = f"cannot be captured: {' '.join(str(error).split())}"[:300]
+    return replays
 
 
 def choose(
