@@ -27,9 +27,9 @@ struct Tile {
 
   // Chunks of a row are permuted by exclusive or with the row, so that neither the eight chunks of one column that
   // ldmatrix reads at once nor the eight of one row that eight threads write share a bank. Rows of 64 bytes lie two to
-  // a line of banks.
+  // a line of banks. The float32 loop reads and writes neighbours of a row alone where mn is contiguous: in their place.
   static constexpr int kStep = kChunks < 8 ? 8 / kChunks : 1;
-  static constexpr int kTurns = kChunks < 8 ? kChunks : 8;
+  static constexpr int kTurns = !kAlongK && sizeof(T) == 4 ? 1 : kChunks < 8 ? kChunks : 8;
   static_assert(kChunks % 4 == 0 && kBytes % 128 == 0);
 
   static constexpr __device__ __forceinline__ int turn(int row) { return row / kStep % kTurns; }
@@ -47,8 +47,8 @@ template <class Tile>
 class Loader {
   using T = typename Tile::T;
   static constexpr bool kAlongK = Tile::kAlongK;
-  static constexpr int kLanes = Tile::kChunks < 8 ? Tile::kChunks : 8;  // copy a row, kAcross chunks each
-  static constexpr int kAcross = Tile::kChunks / kLanes;
+  static constexpr int kLanes = Tile::kChunks < 8 ? Tile::kChunks : Tile::kChunks > 16 ? 16 : 8;  // copy a row
+  static constexpr int kAcross = Tile::kChunks / kLanes;  // chunks each
   static constexpr int kRowStep = Tile::kThreads / kLanes;
   static constexpr int kPasses = Tile::kRows / kRowStep;  // rows of a thread
   static_assert(Tile::kRows % kRowStep == 0 && kRowStep % (Tile::kStep * Tile::kTurns) == 0);

@@ -1,0 +1,13 @@
+#include "grouped_linear_backward.cuh"
+
+namespace mixpert {
+
+using Args = LinearBackwardArgs<__half>;
+using BlockLoops = Loops<__half, Major::kK, Major::kMN>;
+using Large = LinearBackwardConfig<BlockLoops::Large>;
+using Small = LinearBackwardConfig<BlockLoops::Small>;
+
+MIXPERT_KERNEL(grouped_linear_backward_fp16_large, Large, Args, linear_backward_block)
+MIXPERT_KERNEL(grouped_linear_backward_fp16_small, Small, Args, linear_backward_block)
+
+}  // namespace mixpert
