@@ -45,8 +45,8 @@ def route_grouped_linear(
 ) -> RoutedLinear:
     """Route each image to one expert, and apply to its tiles that expert's LayerNorm and linear layer.
 
-    ``routing = route(x)``, ``h = grouped_layer_norm(x, routing)``, ``y = grouped_linear(h, routing)``, bit for bit: the
-    start of an expert segment, whose first layer norm and query, key and value wait for nothing but the router.
+    ``routing = route(x)``, ``h = grouped_layer_norm(x, routing)``, ``y = grouped_linear(h, routing)`` by one backend,
+    bit for bit: the start of an expert segment, whose first layer norm, query, key and value wait for the router alone.
 
     It is for inference. When a gradient is needed, and under autocast, the three ops run one after the other: they have
     gradients and dtypes of their own.

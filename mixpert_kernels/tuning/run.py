@@ -80,7 +80,7 @@ def tune(
     is chosen for all batches, by the geometric mean of its times: a choice must not depend on the batch.
 
     Args:
-        calls: the ops and widths of a model, as of ``hf.widths`` or ``segment``.
+        calls: the ops and widths of a model, as of ``hf.widths``.
         tokens: T of a tile.
         experts: E; tile b goes to expert b mod E.
         device: where to run.
