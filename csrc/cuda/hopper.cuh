@@ -2,22 +2,13 @@
 // registers moved between warpgroups.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+#include "copy.cuh"
 #include "facts.h"
 
 namespace mixpert::hopper {
 
-constexpr int kWarpgroup = 128;  // threads that issue a wgmma together
-constexpr int kSwizzleBytes = 128;
-constexpr int kSwizzleAlign = 1024;  // of shared memory in 128-byte swizzle: 8 rows of 128 bytes repeat
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+constexpr int kWarpgroup = 128;      // threads that issue a wgmma together
+constexpr int kSwizzleAlign = 1024;  // of shared memory in 128-byte swizzle, which repeats every 8 rows of 128 bytes
 
 // Whether this is the one thread of its warp that acts for it; all of the warp must ask. The compiler knows this test:
 // what follows it runs once, without a loop over threads.

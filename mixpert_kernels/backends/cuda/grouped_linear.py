@@ -8,7 +8,7 @@ from torch import Tensor
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
 
-from . import _configs, _launch
+from . import _configs, _launch, _wgmma
 from ._grouped_linear_backward import grouped_linear_backward
 from ._operands import ALIGNMENT, aligned, alike, cdiv, named, padded, strides
 
@@ -41,7 +41,9 @@ def grouped_linear(
     while weights:
         count = alike(weights)
         columns = slice(column, column + count * weights[0].shape[1])
-        _launch_side_by_side(
+        wgmma = _wgmma.serves(_configs.chip(x.device), x.dtype, *weights[0].shape[1:])
+        launch = _wgmma.launch_side_by_side if wgmma else _launch_side_by_side
+        launch(
             x,
             weights[:count],
             [bias.to(x.dtype).contiguous() for bias in biases[:count]],
