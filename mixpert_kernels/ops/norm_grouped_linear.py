@@ -37,8 +37,8 @@ def norm_grouped_linear(
 ) -> Tensor:  # (B, T, N)
     """Apply to each tile the LayerNorm and the linear layer of its expert.
 
-    ``h = grouped_layer_norm(x, routing)``, ``y = grouped_linear(h, routing)`` by one backend, bit for bit: the halves of
-    a pre-LN block begin so, and for few tiles one launch can do both.
+    ``h = grouped_layer_norm(x, routing)``, ``y = grouped_linear(h, routing)`` by one backend, bit for bit: both halves
+    of a pre-LN block begin so, and for few tiles one launch can do both.
 
     It is for inference. When a gradient is needed, and under autocast, the two ops run one after the other: they have
     gradients and dtypes of their own.
