@@ -29,6 +29,7 @@ from mixpert_kernels.training import Recipe, fit_router, metrics, run, step, tra
 from mixpert_kernels.training.batches import Order
 from mixpert_kernels.training.data import read_images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DOCS = Path(__file__).parents[1] / "docs" / "training.md"
 
 
@@ -247,6 +248,16 @@ def test_workers_decode_what_the_process_itself_does(tmp_path: Path):
 
 
 # what stops it
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_an_output_that_is_a_file_is_refused(below: str, tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"^train: output must be a directory, got the file .*file$"
+    ):
+        train(joint(data(tmp_path), f"file/{below}"), progress=False)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_unreadable_image_is_skipped_and_listed_once(tmp_path: Path, capsys):

@@ -206,6 +206,52 @@ def test_broken_lines_of_a_manifest_are_numbered(tmp_path: Path):
         read_images(bad, "label", EXPERTS)
 
 
+@pytest.mark.parametrize("kind, column", [("label", "label"), ("text", "text"), ("text", "image")])
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl"])
+def test_an_empty_cell_is_refused_and_an_empty_question_is_none(name, kind, column, tmp_path: Path):
+    path = write_manifest(tmp_path, name, kind)
+    row = {
+        "image": "images/photo/0.png",
+        "domain": "photo",
+        "label": "x",
+        "text": "x",
+        "prompt": "",
+    }
+    start = path.read_text(encoding="utf-8-sig")
+
+    def rewrite(row: dict[str, str]) -> None:
+        cells = [row[c] for c in data_module.COLUMNS[kind]]
+        path.write_text(start + (json.dumps(row) if name == "m.jsonl" else ",".join(cells)) + "\n")
+
+    rewrite(row)
+    assert read_images(path, kind, EXPERTS).samples[-1].prompt == ("" if kind == "text" else None)
+    rewrite({**row, column: " "})
+    with pytest.raises(ValueError, match=rf"{column} must not be empty, got .*{name}:\d+ without"):
+        read_images(path, kind, EXPERTS)
+
+
+def test_line_breaks_of_all_kinds(tmp_path: Path):
+    """Windows' in a caption and a manifest, and within a JSON string one that is no line's end."""
+    path = write_manifest(tmp_path, "m.jsonl", "text")
+    row = {"image": "images/photo/0.png", "domain": "photo", "prompt": "?", "text": "a\u2028b"}
+    path.write_bytes((json.dumps(row, ensure_ascii=False) + "\r\n").encode() * 2)
+    assert [s.text for s in read_images(path, "text", EXPERTS).samples] == ["a\u2028b"] * 2
+    (tmp_path / "images" / "photo" / "0.txt").write_bytes(b"?\r\none\r\ntwo\r\n")
+    assert ("photo", None, "?", "one\ntwo") in facts(
+        read_images(tmp_path / "images", "text", EXPERTS)
+    )
+
+
+@pytest.mark.parametrize("name", ["m.csv", "m.jsonl", "images/photo/0.txt"])
+def test_text_that_is_not_utf8_is_named(name: str, tmp_path: Path):
+    manifest = write_manifest(tmp_path, name if "m." in name else "m.csv", "text")
+    faulty = tmp_path / name
+    faulty.write_bytes(faulty.read_bytes() + "für\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"^train: text must be UTF-8, got ") as error:
+        read_images(manifest if faulty == manifest else tmp_path / "images", "text", EXPERTS)
+    assert str(faulty) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_a_domain_without_images_and_a_label_nobody_learnt_are_refused(tmp_path: Path):
     images = read_images(labelled_folder(tmp_path / "images"), "label", EXPERTS)
     check_every_domain(images, EXPERTS, tmp_path)

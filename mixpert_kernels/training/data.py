@@ -184,7 +184,7 @@ def _captioned(domain: Path) -> Iterator[tuple[Path, Sample]]:
         caption = path.with_suffix(".txt")
         if not caption.is_file():
             raise ValueError(f"train: image must have a {caption.name} beside it, got {path} alone")
-        prompt, _, text = caption.read_text(encoding="utf-8").partition("\n")
+        prompt, _, text = _read_text(caption).replace("\r\n", "\n").partition("\n")
         if not text.strip():
             raise ValueError(
                 f"train: caption must have an answer after its first line, got {caption}"
@@ -198,6 +198,9 @@ def _manifest(path: Path, kind: str) -> ImageSet:
         missing = [name for name in COLUMNS[kind] if row.get(name) is None]
         if missing:
             raise ValueError(f"train: row must have a column {missing[0]}, got {where} without it")
+        empty = [name for name in COLUMNS[kind] if not str(row[name]).strip() and name != "prompt"]
+        if empty:
+            raise ValueError(f"train: {empty[0]} must not be empty, got {where} without one")
         image = path.parent / str(row["image"])
         samples.append(_sample(str(image), row, kind))
         paths.append(image)
@@ -209,14 +212,13 @@ def _sample(name: str, row: dict[str, Any], kind: str) -> Sample:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            yield f"{path}:{reader.line_num}", row
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""))
+    for row in reader:
+        yield f"{path}:{reader.line_num}", row
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -228,6 +230,14 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"train: manifest must hold JSON objects, got {path}:{number}: {row}")
         yield f"{path}:{number}", row
+
+
+def _read_text(path: Path) -> str:
+    """A file's text, without the mark that some programs put before it; its line breaks as they are."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"train: text must be UTF-8, got {path}: {error}") from None
 
 
 def _saved_dataset(path: Path, kind: str) -> ImageSet:

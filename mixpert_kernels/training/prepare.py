@@ -43,6 +43,13 @@ def read_data(recipe: Recipe) -> RunData:
     return RunData(train, *others)
 
 
+def check_output(recipe: Recipe) -> None:
+    """Raise ValueError if the output is no directory and cannot become one."""
+    there = next(p for p in (recipe.output, *recipe.output.parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"train: output must be a directory, got the file {there}")
+
+
 def load_saved(recipe: Recipe, train: ImageSet) -> dict[str, Any] | None:
     """Return the last checkpoint in the recipe's output; None where there is none.
 

@@ -29,7 +29,14 @@ from .output import (
     write_nan_batch,
     write_results,
 )
-from .prepare import RunData, finished_results, load_saved, make_optimizer, read_data
+from .prepare import (
+    RunData,
+    check_output,
+    finished_results,
+    load_saved,
+    make_optimizer,
+    read_data,
+)
 from .recipe import Recipe, Stage
 from .router import fit_router
 from .stages import find_tower, set_stage
@@ -59,6 +66,7 @@ def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
     with process_group(recipe.device) as group, quiet(), contextlib.ExitStack() as stack:
         if not group.first:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        check_output(recipe)
         data = read_data(recipe)
         saved = load_saved(recipe, data.train)
         finished = finished_results(recipe, saved)
