@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -286,12 +287,20 @@ def test_whoever_reads_while_others_write_finds_a_whole_file(cache):
 
 def test_the_file_is_read_once_a_process_by_any_thread(cache, monkeypatch):
     choice.store(CPU, [measured()])
-    reads, once = [], choice._read
-    monkeypatch.setattr(choice, "_read", lambda device: reads.append(device) or once(device))
-    got = []
-    threads = [
-        threading.Thread(target=lambda: got.extend(taken() for _ in range(50))) for _ in range(8)
-    ]
+    reads, once, got = [], choice._read, []
+    together = threading.Barrier(8)
+
+    def read(device):
+        reads.append(device)
+        time.sleep(0.05)  # the others come meanwhile
+        return once(device)
+
+    def call():
+        together.wait()
+        got.extend(taken() for _ in range(50))
+
+    monkeypatch.setattr(choice, "_read", read)
+    threads = [threading.Thread(target=call) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
