@@ -17,7 +17,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "ptx"
 PTX_ARCHS = {80: "80", 90: "90a"}
 INCLUDE = re.compile(r'^#include "(\w+\.c?u?h)"', re.MULTILINE)
-ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.MULTILINE)
+DECLARED = re.compile(r"^MIXPERT_KERNEL\((\w+),", re.MULTILINE)
 
 
 class Launched(NamedTuple):
@@ -155,8 +155,8 @@ def ptx(path: Path, arch: int) -> str:
 
 @functools.cache
 def modules(arch: int) -> dict[str, Path]:
-    """Which file holds a kernel."""
-    return {name: path for path in sources(arch) for name in ENTRY.findall(ptx(path, arch))}
+    """Which file holds a kernel: what the sources say, so that none is compiled before its kernel is wanted."""
+    return {name: path for path in sources(arch) for name in DECLARED.findall(path.read_text())}
 
 
 @functools.cache
@@ -168,15 +168,32 @@ def module(arch: int, kernel: str) -> ptxsim.Module:
     return _load(modules(arch)[kernel], arch)
 
 
+class Kernels(Mapping[str, _launch.Facts]):
+    """What ``_launch.kernels`` says with the extension: every kernel's facts, read from the PTX when asked for."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def __getitem__(self, name: str) -> _launch.Facts:
+        return _facts(self.arch, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(modules(self.arch))
+
+    def __len__(self) -> int:
+        return len(modules(self.arch))
+
+    def __contains__(self, name: object) -> bool:
+        return name in modules(self.arch)
+
+
 @functools.cache
-def kernels(arch: int) -> dict[str, _launch.Facts]:
-    """What ``_launch.kernels`` says with the extension: every kernel's facts, read from the PTX."""
-    found = {}
-    for name, path in modules(arch).items():
-        variable = rf"(?:_ZN7mixpert\d+)?{name}_factsE?"  # in the namespace or outside
-        row = re.search(rf" {variable}\[\d+\] = {{([\d, ]+)}}", ptx(path, arch))
-        if row is None:  # no kernel of MIXPERT_KERNEL
-            continue
-        values = bytes(int(v) for v in row.group(1).split(","))
-        found[name] = _launch.parse(values.rstrip(b"\0").rpartition(b";")[0].decode() + ";")
-    return found
+def _facts(arch: int, name: str) -> _launch.Facts:
+    variable = rf"(?:_ZN7mixpert\d+)?{name}_factsE?"  # in the namespace or outside
+    row = re.search(rf" {variable}\[\d+\] = {{([\d, ]+)}}", ptx(modules(arch)[name], arch))
+    values = bytes(int(v) for v in row.group(1).split(","))
+    return _launch.parse(values.rstrip(b"\0").rpartition(b";")[0].decode() + ";")
+
+
+def kernels(arch: int) -> Kernels:
+    return Kernels(arch)
