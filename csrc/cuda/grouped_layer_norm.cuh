@@ -59,7 +59,7 @@ __device__ __forceinline__ void grouped_layer_norm_block(const GroupedLayerNormA
   const T* c = args.bias ? args.bias + gain : nullptr;
   RowStatistics found;
   if constexpr (Config::kWarpsARow == 1) {
-    found = normalise_row(x, args.weight + gain, c, y, args.width, args.eps);
+    found = normalise_row(x, [&] { return Affine<T>{args.weight + gain, c}; }, y, args.width, args.eps);
   } else {
     __shared__ float partial[Config::kWarpsARow];
     found = normalise_wide_row<kCount, Config::kWarpsARow>(x, args.weight + gain, c, y, args.width, args.eps, partial);

@@ -30,7 +30,7 @@ enum Rule { kDirect, kThreshold, kRunnerUp, kVersatile };  // the last two: refe
   FIELD(int*, order)                         /* (B,) */                                    \
   FIELD(int*, offsets)                       /* (E + 1,) */                                \
   FIELD(float*, partials)                    /* (I, S, D), S = ceil_div(T, kPoolRows) */       \
-  FIELD(float*, vectors)                     /* (I, D + H + E) */                          \
+  FIELD(float*, router_vectors)              /* (I, D + H + E) */                          \
   FIELD(int*, arrived)                       /* (I,) zeros: row blocks pooled */           \
   FIELD(int*, scored)                        /* (1,) zero: images scored */                \
   FIELD(int*, ids)                           /* (I,) zeros, then expert + 1 of an image */ \
@@ -262,15 +262,14 @@ template <int kThreads, typename T, class Args>
 __device__ __forceinline__ void finish_image(const Args& args, int image, RouteShared& shared) {
   if (!last_to_arrive(args.arrived + image, ceil_div(args.tokens, kPoolRows), &shared.said)) return;
   const int size = args.width + args.hidden + args.experts;
-  float* vectors = size <= kVectors ? shared.vectors : args.vectors + static_cast<long long>(image) * size;
+  float* vectors = size <= kVectors ? shared.vectors : args.router_vectors + static_cast<long long>(image) * size;
   float* logits = args.router_floats ? score_image<kThreads, float>(args, image, vectors, shared.sums)
                                      : score_image<kThreads, T>(args, image, vectors, shared.sums);
-  if (threadIdx.x < kWarp) {
-    int expert = decide(args, image, logits);
-    if (args.forced) expert = static_cast<int>(args.forced[image]);
-    __syncwarp();
-    if (threadIdx.x == 0) args.publish(image, expert + 1);
-  }
+  int expert = 0;
+  if (threadIdx.x < kWarp) expert = decide(args, image, logits);
+  if (args.forced) expert = static_cast<int>(args.forced[image]);
+  __syncthreads();
+  if (threadIdx.x == 0) args.publish(image, expert + 1);
   if (last_to_arrive(args.scored, args.images, &shared.said)) sort_tiles<kThreads>(args);
 }
 

@@ -135,10 +135,17 @@ struct RowStatistics {
 // The widest row a warp keeps in its registers.
 constexpr int kWidestRow = 2048;
 
-// y = (x - mean) rstd w + c for one row, by one warp; the row stays in registers and is read once.
-// width <= kWidestRow; x, w, c and y are multiples of 16 bytes, and so is a row. c may be null.
 template <typename T>
-__device__ __forceinline__ RowStatistics normalise_row(const T* x, const T* w, const T* c, T* y, int width, float eps) {
+struct Affine {
+  const T* w;
+  const T* c;  // or null
+};
+
+// y = (x - mean) rstd w + c for one row, by one warp; the row stays in registers and is read once. affine() tells w and
+// c when mean and rstd are known: it may have to wait for them.
+// width <= kWidestRow; x, w, c and y are multiples of 16 bytes, and so is a row.
+template <typename T, class F>
+__device__ __forceinline__ RowStatistics normalise_row(const T* x, const F& affine, T* y, int width, float eps) {
   constexpr int kVector = Vector<T>::kSize, kStep = kWarp * kVector, kParts = kWidestRow / kStep;
   const int first = threadIdx.x % kWarp * kVector;
   uint4 row[kParts];
@@ -163,12 +170,13 @@ __device__ __forceinline__ RowStatistics normalise_row(const T* x, const T* w, c
     squares = __fadd_rn(squares, squares_of(v, mean));
   }
   const float rstd = rstd_of(warp_sum(squares), width, eps);
+  const Affine<T> of = affine();
 #pragma unroll
   for (int i = 0; i < kParts; ++i) {
     const int d = i * kStep + first;
     if (d >= width) continue;
     unpack<T>(row[i], v);
-    store_normalised(v, mean, rstd, w + d, c ? c + d : nullptr, y + d);
+    store_normalised(v, mean, rstd, of.w + d, of.c ? of.c + d : nullptr, y + d);
   }
   return {mean, rstd};
 }

@@ -29,6 +29,23 @@ __device__ __forceinline__ int load_acquire(const int* counter) {
   return value;
 }
 
+__device__ __forceinline__ void store_release(int* place, int value) {
+  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(__cvta_generic_to_global(place)), "r"(value) : "memory");
+}
+
+// Polls until the counter is at least that high, and returns it. What waits so long that nothing will come, a minute or
+// so, traps: a broken launch is an error and not a machine that hangs.
+__device__ __forceinline__ int wait_for(const int* counter, int least) {
+  constexpr int kPolls = 1 << 26;
+  int value = load_acquire(counter);
+  for (int polls = 1; value < least; ++polls) {
+    if (polls == kPolls) __trap();
+    __nanosleep(32);
+    value = load_acquire(counter);
+  }
+  return value;
+}
+
 // Whether this block is the last of `blocks` to arrive, in all its threads. It then sees what all of them wrote.
 // said: of shared memory.
 __device__ __forceinline__ bool last_to_arrive(int* counter, int blocks, int* said) {

@@ -89,7 +89,7 @@ def router_arguments(
         "router_bias": bias,
         **routed,
         "partials": x.new_empty(images, blocks, width, dtype=torch.float32),
-        "vectors": x.new_empty(images, width + hidden + experts, dtype=torch.float32),
+        "router_vectors": x.new_empty(images, width + hidden + experts, dtype=torch.float32),
         "batch": batch,
         "images": images,
         "experts": experts,
