@@ -187,7 +187,7 @@ def main(rank: int, store: str, folder: Path) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=PROCESSES,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(minutes=10),
     )
     for name in (*CASES, "apart", "cloned"):
         try:

@@ -20,7 +20,7 @@ from mixpert_kernels.training import Recipe, run, train
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # then it fails
+    dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=10))  # ends what hangs
     step = run.run_step
     counts: list[int] = []
     sharded: list[bool] = []

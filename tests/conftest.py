@@ -41,6 +41,18 @@ def poison():
     torch.utils.deterministic.fill_uninitialized_memory = before[2]
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For what is compared bitwise, or with other processes: sums round by the number of threads, which is a machine's.
+
+    For a whole module, before its other fixtures: ``pytestmark = pytest.mark.usefixtures("one_thread")``.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

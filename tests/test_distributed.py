@@ -13,9 +13,13 @@ import torch.distributed as dist
 from _distributed import CASES, PROCESSES, STEPS, run_case
 
 TESTS = Path(__file__).resolve().parent
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (dist.is_available() and dist.is_gloo_available()), reason="this PyTorch has no gloo"
+    ),
+    pytest.mark.usefixtures("one_thread"),  # as in the two processes
+]
+LIMIT = 1800  # seconds: ends what hangs; many times what a busy machine takes
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
     try:
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=LIMIT)
     finally:
         for process in processes:
             process.kill()
@@ -46,15 +50,6 @@ def result(folder: Path, name: str, rank: int) -> dict | str:
     if name in CASES:
         assert isinstance(found, dict), found
     return found
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the two processes: more threads round otherwise, and the towers would not start from the same weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

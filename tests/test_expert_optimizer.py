@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from mixpert_kernels import FusedMixpertTower
 from mixpert_kernels.training import ExpertOptimizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def train_alone(
     tower: FusedMixpertTower, optimizer: torch.optim.Optimizer, data: list, expert: int, *,

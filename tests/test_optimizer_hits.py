@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from mixpert_kernels import FusedMixpertTower
 from mixpert_kernels.training import ExpertOptimizer, set_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Hits
 
 

@@ -28,6 +28,7 @@ from mixpert_kernels.reproduce.training import batches, train_experts, warm_cosi
 from mixpert_kernels.reproduce.verdicts import sentences, sign
 from mixpert_kernels.reproduce.worker import write_json
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in a job's own process
 ROOT = Path(__file__).resolve().parent.parent
 TINY = Settings(
     seeds=2,
@@ -131,10 +132,11 @@ def test_experts_train_apart_and_the_rest_stays():
             continue
         assert torch.equal(value[0], before[name][0]), name
         assert torch.equal(alone.state_dict()[name][1], before[name][0]), name
+        if "k_proj.bias" in name:  # changes no attention: its gradient is rounding alone
+            continue
         # the same images give the same expert; products of another batch may round otherwise
         torch.testing.assert_close(value[2], alone.state_dict()[name][2], rtol=0, atol=2e-4)
-        if "k_proj.bias" not in name:  # a bias of all keys alike changes no attention
-            assert not torch.equal(value[3], before[name][0]), name
+        assert not torch.equal(value[3], before[name][0]), name
 
 
 @pytest.mark.parametrize("cloned", [0, 1, 2, 3])

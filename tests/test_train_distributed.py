@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from _recipes import captioned_folder, data, rows, stages, table, tiny_language,
 from mixpert_kernels import FusedMixpertTower
 from mixpert_kernels.training import Recipe, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the two processes
 HERE = Path(__file__).parent
 # With AdamW a parameter whose gradient is rounding alone, such as a key's bias, moves by the whole rate: no two orders
 # of summation agree there. SGD moves it by the rounding.
@@ -50,13 +50,11 @@ def plan(root: Path) -> dict[str, dict]:
 
 
 def launch(root: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--standalone", "--local-addr", "127.0.0.1"]  # a port that it holds from the start
     done = subprocess.run(
-        [*command, "--master-port", str(port), *argv],
+        [*command, *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
         cwd=root,
         capture_output=True,
@@ -79,12 +77,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = plan(root)
     (root / "plan.json").write_text(json.dumps(list(made.values())))
     launch(root, str(HERE / "_train_worker.py"), str(root / "plan.json"))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     for name in ("odd", "one", "text"):
         settings = {**made[f"ddp-{name}"], "output": str(root / f"whole-{name}")}
         train(Recipe.from_dict(settings), progress=False)
-    torch.set_num_threads(before)
     return root
 
 

@@ -16,18 +16,11 @@ from _recipes import data, recipe, rows, table, weights
 from mixpert_kernels.training import Recipe, checkpoint, run, train
 from mixpert_kernels.training.checkpoint import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 0
 STEPS = [(stage, step) for stage in (0, 1, 2, 4) for step in (1, 2, 3)] + [(5, 20)]
 # What the checkpoints of a whole run say: the stage under way, and how many of its steps are done.
 PLACES = [[0, 2], [1, 0], [1, 2], [2, 0], [2, 2], [3, 0], [4, 0], [4, 2], [5, 0], [6, 0]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums over tokens are bitwise the same only then
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

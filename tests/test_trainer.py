@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mixpert_kernels.hf.trainer import MixpertTrainer
 from mixpert_kernels.training import ExpertOptimizer, per_expert_mean, set_stage
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = KINDS["siglip"].size
 ROWS = 24
 
