@@ -66,7 +66,8 @@ class _Watch(TorchDispatchMode):
         devices = {t.device.type for t in (*leaves, *tree_leaves(result)) if isinstance(t, Tensor)}
         if len(devices) > 1:
             raise HostWaits(f"{func._schema.name} between devices")
-        if space == "aten" and name not in FREE:
+        same = name == "to" and result is args[0]
+        if space == "aten" and name not in FREE and not same:
             self.launches.append(Launch(func._schema.name))
         return result
 

@@ -22,10 +22,10 @@ BASE = SO400M | {
 SIZES = {"so400m": (SO400M, 3584), "base": (BASE, 1024)}  # of a SigLIP and its projector
 
 
-def make(gpu: FakeGpu, kind: str = "siglip", *, layers: int = 2, **options: object):
+def make(gpu: FakeGpu, kind: str = "siglip", *, layers: int = 2, out: int = OUT, **options: object):
     """A tower of fake parameters."""
     row = KINDS["siglip" if kind in SIZES else kind]
-    fields, out = SIZES.get(kind, (row.fields, OUT))
+    fields, out = SIZES.get(kind, (row.fields, out))
     width = fields.get("hidden_size", WIDTH)
     config = getattr(transformers, row.config)(**fields)
     with torch.device("meta"):
