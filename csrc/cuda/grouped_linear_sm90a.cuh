@@ -103,6 +103,7 @@ struct Wgmma {
   __device__ __forceinline__ uint32_t turn(int consumer) const { return shared + Config::kTurnAt + 8 * consumer; }
 
   __device__ void init() const {
+    for (const TensorMap* map : {&args.x, &args.w0, &args.w1, &args.w2}) hopper::prefetch(*map);
     constexpr int kWarps = hopper::kWarpgroup / 32;
     for (int stage = 0; stage < Config::kStages; ++stage) {
       hopper::init(full(stage), 1);  // the producer, with the bytes it expects
@@ -179,10 +180,10 @@ struct Wgmma {
   // acc = or += the product of one stage, k ascending in steps of 16.
   __device__ __forceinline__ void issue(hopper::Accumulators (&acc)[2], const Ring<Config::kStages>& ring,
                                         bool add) const {
-    constexpr int kUnit = 16;  // bytes a descriptor counts in
+    using hopper::kUnit;
     hopper::wait(full(ring.stage), ring.parity);
-    const uint64_t a = hopper::descriptor(operands(ring.stage));
-    const uint64_t b = hopper::descriptor(operands(ring.stage) + Config::kOperandBytes);
+    const uint32_t a = hopper::descriptor(operands(ring.stage));
+    const uint32_t b = hopper::descriptor(operands(ring.stage) + Config::kOperandBytes);
     hopper::fence_operands();
 #pragma unroll
     for (int k = 0; k < Config::kBlockK / 16; ++k) {

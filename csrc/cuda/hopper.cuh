@@ -79,12 +79,13 @@ __device__ __forceinline__ void load_box(uint32_t to, const TensorMap& map, int 
 
 // wgmma: the warpgroup multiplies A (64 x 16) by B (128 x 16)^T, both straight from shared memory.
 
-// Describes an operand whose rows are 64 numbers along k, in 128-byte swizzle: groups of 8 rows lie 1024 bytes apart. Its
-// first row begins at a multiple of 1024 bytes, plus where in the row the 16 columns begin.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  constexpr uint64_t kSwizzle128 = 1ull << 62, kLeading = 1ull << 16, kStride = uint64_t(kSwizzleAlign >> 4) << 32;
-  return kSwizzle128 | kStride | kLeading | ((address & 0x3FFFF) >> 4);
-}
+// The low word of the descriptor of an operand whose rows are 64 numbers along k, in 128-byte swizzle; it counts in units of
+// 16 bytes. Its first row begins at a multiple of 1024 bytes, plus where in the row the 16 columns begin.
+constexpr int kUnit = 16;
+__device__ __forceinline__ uint32_t descriptor(uint32_t address) { return 1u << 16 | address / kUnit; }
+
+// The high word: groups of 8 rows lie 1024 bytes apart; 128-byte swizzle.
+constexpr uint32_t kDescriptorHigh = 1u << 30 | kSwizzleAlign / kUnit;
 
 // Orders the registers' earlier uses, and shared memory seen by this thread, before the wgmmas that follow.
 __device__ __forceinline__ void fence_operands() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -115,26 +116,29 @@ struct Accumulators {
   asm volatile(                                                                                                      \
       "{\n"                                                                                                          \
       ".reg .pred p;\n"                                                                                              \
+      ".reg .b64 a, b;\n"                                                                                            \
       "setp.ne.b32 p, %66, 0;\n"                                                                                     \
+      "mov.b64 a, {%64, %67};\n"                                                                                     \
+      "mov.b64 b, {%65, %67};\n"                                                                                     \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                                   \
       " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
       "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "    \
       "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "        \
-      "%64, %65, p, 1, 1, 0, 0;\n"                                                                                   \
+      "a, b, p, 1, 1, 0, 0;\n"                                                                                       \
       "}"                                                                                                            \
       : MIXPERT_D8(d.v, 0), MIXPERT_D8(d.v, 8), MIXPERT_D8(d.v, 16), MIXPERT_D8(d.v, 24), MIXPERT_D8(d.v, 32),       \
         MIXPERT_D8(d.v, 40), MIXPERT_D8(d.v, 48), MIXPERT_D8(d.v, 56)                                                \
-      : "l"(a), "l"(b), "r"(accumulate))
+      : "r"(a), "r"(b), "r"(accumulate), "n"(kDescriptorHigh))
 
-// d = A B^T + (accumulate ? d : 0)
+// d = A B^T + (accumulate ? d : 0); a and b are low words.
 template <typename T>
-__device__ __forceinline__ void multiply(Accumulators& d, uint64_t a, uint64_t b, int accumulate);
+__device__ __forceinline__ void multiply(Accumulators& d, uint32_t a, uint32_t b, int accumulate);
 template <>
-__device__ __forceinline__ void multiply<__nv_bfloat16>(Accumulators& d, uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void multiply<__nv_bfloat16>(Accumulators& d, uint32_t a, uint32_t b, int accumulate) {
   MIXPERT_WGMMA("bf16");
 }
 template <>
-__device__ __forceinline__ void multiply<__half>(Accumulators& d, uint64_t a, uint64_t b, int accumulate) {
+__device__ __forceinline__ void multiply<__half>(Accumulators& d, uint32_t a, uint32_t b, int accumulate) {
   MIXPERT_WGMMA("f16");
 }
 #undef MIXPERT_WGMMA
