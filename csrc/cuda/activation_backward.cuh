@@ -1,10 +1,10 @@
 // dz[b, t, n]     = dy[b, t, n] * scale[e, n] * act'(pre[b, t, n])            with e = expert[b]
-// bias[b, s, n]   = sum over t in chunk s of dz[b, t, n], before it is rounded
+// bias[b, s, n]   = sum over t in chunk s of dz[b, t, n], not yet rounded
 // dscale[b, s, n] = sum over t in chunk s of dy[b, t, n] * act(pre[b, t, n])
 //
-// One block computes chunk s of a tile, tokens s * kChunk and on, x kColumns columns: each warp every kWarps-th token of
-// all its columns, a lane kVector of them. Grid: B * S * cdiv(N, kColumns), S = cdiv(T, kChunk), columns fastest. A chunk
-// is a constant and the warps' sums are added in order, so the sums of a tile depend on nothing but the tile.
+// One block computes chunk s of a tile, tokens s * kChunk and on, x kColumns columns: each warp every kWarps-th token
+// of all its columns, a lane kVector of them. A chunk is a constant and the warps' sums are added in order, so the sums
+// of a tile depend on nothing but the tile. Grid: B * S * ceil(N / kColumns), S = ceil(T / kChunk), columns fastest.
 #pragma once
 
 #include "activations.cuh"
@@ -70,7 +70,7 @@ struct LaneColumns {
       for (int j = 0; j < kVector; ++j) v[j] = to_float(loaded.v[j]);
     } else {
 #pragma unroll
-      for (int j = 0; j < kVector; ++j) v[j] = column(j) < width ? to_float(row[column(j)]) : 0.f;
+      for (int j = 0; j < kVector; ++j) v[j] = column(j) < width ? to_float(row[column(j)]) : 0.0f;
     }
   }
   template <typename T>
@@ -99,7 +99,7 @@ struct LaneColumns {
     for (int c = threadIdx.x; c < Config::kColumns; c += Config::kThreads) {
       if (first + c >= width) return;
       const int at = vectors ? c % kVector * kRow + c / kVector : c / 32 * kRow + c % 32;
-      float total = 0.f;
+      float total = 0.0f;
 #pragma unroll
       for (int warp = 0; warp < Config::kWarps; ++warp) total += sums[warp][at];
       out[first + c] = total;
@@ -117,7 +117,7 @@ __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args)
   const LaneColumns<Config> columns{int(blockIdx.x % blocks) * Config::kColumns, args.width, args.vectors != 0};
 
   float scale[kVector];
-  if (args.scale) columns.load(args.scale + (long long)args.expert[b] * args.width, scale);
+  if (args.scale) columns.load(args.scale + static_cast<long long>(args.expert[b]) * args.width, scale);
   float dz[kVector], pre[kVector], bias[kVector] = {}, dscale[kVector] = {};
   const int end = min(args.tokens, (chunk + 1) * Config::kChunk);
   for (int t = chunk * Config::kChunk + threadIdx.x / 32; t < end; t += Config::kWarps) {

@@ -1,4 +1,10 @@
 #include "activation_backward.cuh"
 
-MIXPERT_KERNEL(activation_backward_bf16, mixpert::ActivationBackwardConfig<__nv_bfloat16>, mixpert::ActivationBackwardArgs<__nv_bfloat16>,
-               mixpert::activation_backward_block)
+namespace mixpert {
+
+using Args = ActivationBackwardArgs<__nv_bfloat16>;
+using Config = ActivationBackwardConfig<__nv_bfloat16>;
+
+MIXPERT_KERNEL(activation_backward_bf16, Config, Args, activation_backward_block)
+
+}  // namespace mixpert

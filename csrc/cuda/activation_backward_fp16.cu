@@ -1,4 +1,10 @@
 #include "activation_backward.cuh"
 
-MIXPERT_KERNEL(activation_backward_fp16, mixpert::ActivationBackwardConfig<__half>, mixpert::ActivationBackwardArgs<__half>,
-               mixpert::activation_backward_block)
+namespace mixpert {
+
+using Args = ActivationBackwardArgs<__half>;
+using Config = ActivationBackwardConfig<__half>;
+
+MIXPERT_KERNEL(activation_backward_fp16, Config, Args, activation_backward_block)
+
+}  // namespace mixpert

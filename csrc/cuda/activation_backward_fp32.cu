@@ -1,4 +1,10 @@
 #include "activation_backward.cuh"
 
-MIXPERT_KERNEL(activation_backward_fp32, mixpert::ActivationBackwardConfig<float>, mixpert::ActivationBackwardArgs<float>,
-               mixpert::activation_backward_block)
+namespace mixpert {
+
+using Args = ActivationBackwardArgs<float>;
+using Config = ActivationBackwardConfig<float>;
+
+MIXPERT_KERNEL(activation_backward_fp32, Config, Args, activation_backward_block)
+
+}  // namespace mixpert

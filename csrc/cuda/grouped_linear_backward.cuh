@@ -1,11 +1,12 @@
 // dx[b, t, k] = act'(pre[b, t, k]) * sum_i sum_n dz[b, t, i * N + n] * w_i[e, n, k]     with e = expert[b]
 // h[b, t, k] = act(pre[b, t, k])
 //
-// pre is what the features were before the activation of the layer below: its gradient ends here and its output is computed
-// again, so that neither is a pass of its own. Here the columns of a block are k, and the sum is over n.
-// One block computes kBlockM tokens of one tile x kBlockN columns, visited as in grouped_linear. It adds the weights up one
-// after the other, for which N is a multiple of kDepth where there are several. Grid: B * cdiv(T, kBlockM) *
-// cdiv(K, kBlockN).
+// pre is what the features were before the activation of the layer below: its gradient ends here and its output is
+// computed again, so that neither is a pass of its own. Here the columns of a block are k, and the sum is over n.
+//
+// One block computes kBlockM tokens of one tile x kBlockN columns, visited as in grouped_linear. It adds the weights up
+// one after the other, for which N is a multiple of kDepth where there are several.
+// Grid: B * ceil(T / kBlockM) * ceil(K / kBlockN).
 #pragma once
 
 #include "activations.cuh"
@@ -96,7 +97,7 @@ __device__ void linear_backward_block(const LinearBackwardArgs<T>& args) {
   const long long first = (b * args.tokens + token) * args.columns + column;
   for_each_piece<Loop>(acc, [&](int row, int k, float(&v)[kPiece]) {
     if (row >= tokens || k >= columns) return;
-    const long long at = first + (long long)row * args.columns + k;
+    const long long at = first + static_cast<long long>(row) * args.columns + k;
     if (args.pre) {
       float pre[kPiece], h[kPiece];
       load_piece(pre, args.pre + at, columns - k, args.aligned);

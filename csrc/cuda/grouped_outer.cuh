@@ -1,9 +1,9 @@
 // out_i[e, n, k] = sum over b in order[offsets[e] : offsets[e + 1]], t of z[b, t, before_i + n] * x[b, t, k]
 // with n in [0, width_i), before_i = sum of width_j, j < i
 //
-// One block computes kBlockM of n x kBlockN of k of one expert, all of its sum in a fixed order: no atomics, so an expert's
-// gradient is bit for bit what its own tiles alone give, and an expert without tiles stores zeros.
-// Grid: E * blocks_n * cdiv(K, kBlockN), blocks_n = the sum of cdiv(width_i, kBlockM).
+// One block computes kBlockM of n x kBlockN of k of one expert, all of its sum in a fixed order: no atomics, so an
+// expert's gradient is bit for bit what its own tiles alone give, and an expert without tiles stores zeros.
+// Grid: E * blocks_n * ceil(K / kBlockN), blocks_n = the sum of ceil(width_i / kBlockM).
 #pragma once
 
 #include "kernel.cuh"
@@ -88,7 +88,7 @@ __device__ __forceinline__ void store_gradient(const typename Loop::Accumulators
                                                int depth, bool accumulate, bool aligned) {
   for_each_piece<Loop>(acc, [&](int row, int column, float(&v)[kPiece]) {
     if (row >= rows || column >= columns) return;
-    Out* to = out + (long long)row * depth + column;
+    Out* to = out + static_cast<long long>(row) * depth + column;
     if (accumulate) {
       float before[kPiece];
       load_piece(before, to, columns - column, aligned);
@@ -112,13 +112,15 @@ __device__ void grouped_outer_block(const GroupedOuterArgs<T>& args) {
   typename Loop::Accumulators acc;
   Loop::clear(acc);
   if (tiles > 0) {
-    TokensOfTiles<Loop> source(args, args.z + at.before + at.first, args.x + k, rows, columns, args.order + start, tiles);
+    TokensOfTiles<Loop> source(args, args.z + at.before + at.first, args.x + k, rows, columns, args.order + start,
+                               tiles);
     Loop::run(acc, source, tiles * ceil_div(args.tokens, Loop::kDepth), shared_address(dynamic_shared()));
   }
   void* out = pick(at.tensor, args.out0, args.out1, args.out2);
-  const long long first = ((long long)e * at.width + at.first) * args.depth + k;
+  const long long at_row = static_cast<long long>(e) * at.width + at.first, first = at_row * args.depth + k;
   if (args.main) {
-    store_gradient<Loop>(acc, static_cast<float*>(out) + first, rows, columns, args.depth, args.accumulate, args.aligned);
+    float* to = static_cast<float*>(out) + first;
+    store_gradient<Loop>(acc, to, rows, columns, args.depth, args.accumulate, args.aligned);
   } else {
     store_gradient<Loop>(acc, static_cast<T*>(out) + first, rows, columns, args.depth, false, args.aligned);
   }

@@ -42,8 +42,8 @@ __device__ __forceinline__ void store_piece(T* to, const float (&v)[kPiece], int
   }
 }
 
-// Calls f(row, column, numbers) for all pieces of a block, a warp for those of its own part, row by row. Accumulators pass
-// through strips of shared memory, which the main loop has left.
+// Calls f(row, column, numbers) for all pieces of a block, a warp for those of its own part, row by row. Accumulators
+// pass through strips of shared memory, which the main loop has left.
 template <class Loop, class F>
 __device__ __forceinline__ void for_each_piece(const typename Loop::Accumulators& acc, const F& f) {
   using Strip = typename Loop::WarpStrip;

@@ -1,9 +1,9 @@
 // out_i[e, c] = sum over b in order[offsets[e] : offsets[e + 1]], s of part[b, s, before_i + c]
 // with c in [0, width_i), before_i = sum of width_j, j < i
 //
-// One block computes kColumns columns of one expert. Its rows (b, s) are one list, and warp r % kWarps adds row r of it,
-// from the first on; the warps' sums are added in order. So the order of a sum depends on nothing but the expert's own
-// tiles, and an expert without tiles has zeros. Grid: E * blocks, blocks = the sum of cdiv(width_i, kColumns).
+// One block computes kColumns columns of one expert. Its rows (b, s) are one list, and warp r % kWarps adds row r of
+// it, from the first on; the warps' sums are added in order. So the order of a sum depends on nothing but the expert's
+// own tiles, and an expert without tiles has zeros. Grid: E * blocks, blocks = the sum of ceil(width_i / kColumns).
 #pragma once
 
 #include "kernel.cuh"
@@ -49,7 +49,7 @@ __device__ void sum_by_expert_block(const SumByExpertArgs<T>& args) {
   const Columns at = columns_of(blockIdx.x % args.blocks, args.width0, args.width1, args.width2, Config::kColumns);
   const int c = at.first + lane;
   const int start = args.offsets[e], rows = (args.offsets[e + 1] - start) * args.chunks;
-  float sum = 0.f;
+  float sum = 0.0f;
   if (c < at.width) {
     const float* column = args.part + at.before + c;
 #pragma unroll 4
@@ -61,10 +61,10 @@ __device__ void sum_by_expert_block(const SumByExpertArgs<T>& args) {
   sums[warp][lane] = sum;
   __syncthreads();
   if (warp > 0 || c >= at.width) return;
-  float total = 0.f;
+  float total = 0.0f;
 #pragma unroll
   for (int w = 0; w < Config::kWarps; ++w) total += sums[w][lane];
-  pick(at.tensor, args.out0, args.out1, args.out2)[(long long)e * at.width + c] = from_float<T>(total);
+  pick(at.tensor, args.out0, args.out1, args.out2)[static_cast<long long>(e) * at.width + c] = from_float<T>(total);
 }
 
 }  // namespace mixpert

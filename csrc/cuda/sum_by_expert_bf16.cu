@@ -1,4 +1,9 @@
 #include "sum_by_expert.cuh"
 
-MIXPERT_KERNEL(sum_by_expert_bf16, mixpert::SumByExpertConfig, mixpert::SumByExpertArgs<__nv_bfloat16>,
-               mixpert::sum_by_expert_block)
+namespace mixpert {
+
+using Args = SumByExpertArgs<__nv_bfloat16>;
+
+MIXPERT_KERNEL(sum_by_expert_bf16, SumByExpertConfig, Args, sum_by_expert_block)
+
+}  // namespace mixpert

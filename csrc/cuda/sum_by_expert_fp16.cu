@@ -1,4 +1,9 @@
 #include "sum_by_expert.cuh"
 
-MIXPERT_KERNEL(sum_by_expert_fp16, mixpert::SumByExpertConfig, mixpert::SumByExpertArgs<__half>,
-               mixpert::sum_by_expert_block)
+namespace mixpert {
+
+using Args = SumByExpertArgs<__half>;
+
+MIXPERT_KERNEL(sum_by_expert_fp16, SumByExpertConfig, Args, sum_by_expert_block)
+
+}  // namespace mixpert
