@@ -142,8 +142,9 @@ struct Wgmma {
     }
   }
 
-  // A warpgroup. Consumers take the blocks in turn, and each waits for the other to have issued its products: so while
-  // one finishes its block, the other multiplies; and of a barrier's rounds none ends unseen, whose parity would lie.
+  // A warpgroup. Consumers take the blocks in turn, and each waits until the other has issued its products: while one
+  // finishes its block, the other multiplies. Nor could it look at the ring before: it is rounds behind there, and a
+  // parity tells a round from the next one only.
   __device__ void consume(int me) const {
     Ring<Config::kStages> ring;
     ring.skip(me * steps);
@@ -208,26 +209,14 @@ struct Wgmma {
       const StripWriter<T, Strip> writer(out, column);
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
-        store_strip(acc, half, column, strip);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (i == half) hopper::store_strip<Strip>(acc[i], column, strip);
+        }
         __syncwarp();
         writer.write(strip, 64 * half + warp % 4 * Strip::kRows);
         __syncwarp();
       }
-    }
-  }
-
-  // Half and column vary at run time: registers cannot be indexed, code can.
-  static __device__ __forceinline__ void store_strip(const hopper::Accumulators (&acc)[2], int half, int first_column,
-                                                     unsigned char* strip) {
-    using Strip = typename Config::Strip;
-    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
-#pragma unroll
-    for (int i = 0; i < 2 * Config::kBlockN / 8; ++i) {
-      if (i % 2 != half || i / 2 * 8 / Strip::kColumns * Strip::kColumns != first_column) continue;
-      const int j = i / 2;
-      const float* v = acc[i % 2].v + 4 * j;
-      *reinterpret_cast<float2*>(Strip::at(strip, row, column + 8 * j % Strip::kColumns)) = {v[0], v[1]};
-      *reinterpret_cast<float2*>(Strip::at(strip, row + 8, column + 8 * j % Strip::kColumns)) = {v[2], v[3]};
     }
   }
 };

@@ -110,6 +110,20 @@ struct Accumulators {
   }
 };
 
+// Writes the columns from `first` on of the warp's 16 rows to its strip (epilogue.cuh). `first` may vary at run time:
+// registers cannot be indexed, code can.
+template <class Strip>
+__device__ __forceinline__ void store_strip(const Accumulators& acc, int first, unsigned char* strip) {
+  const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < 128; j += 8) {
+    if (j / Strip::kColumns * Strip::kColumns != first) continue;
+    const float* v = acc.v + j / 2;
+    *reinterpret_cast<float2*>(Strip::at(strip, row, column + j % Strip::kColumns)) = {v[0], v[1]};
+    *reinterpret_cast<float2*>(Strip::at(strip, row + 8, column + j % Strip::kColumns)) = {v[2], v[3]};
+  }
+}
+
 #define MIXPERT_D8(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MIXPERT_WGMMA(type)                                                                                          \
