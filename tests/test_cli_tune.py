@@ -13,7 +13,7 @@ from mixpert_kernels import Routing, cli
 from mixpert_kernels.backends import choice, pick, why_not
 from mixpert_kernels.backends.cpu import grouped_layer_norm as cpu_norm
 from mixpert_kernels.backends.cpu import grouped_linear as cpu_linear
-from mixpert_kernels.tuning import Call, Timing, run, timing, tune
+from mixpert_kernels.tuning import Call, Timing, checking, run, timing, tune
 from mixpert_kernels.tuning.checking import why_wrong
 
 CPU = torch.device("cpu")
@@ -178,6 +178,15 @@ def test_a_wrong_route_is_found(monkeypatch):
     monkeypatch.setattr(Call, "run", wrong)
     routing = Routing.forced(torch.tensor([0, 1, 2]), 4)
     assert why_wrong(call, "cpu", t, routing) == "wrong: expert differs from the reference's"
+
+
+def test_a_few_roundings_more_are_not_wrong():
+    truth = {"y": torch.zeros(3, 2, dtype=torch.float64)}
+    plain = {"y": torch.full((3, 2), 1e-3)}
+    for times, wrong in ((3, False), (5, True)):
+        got = {"y": times * plain["y"]}
+        assert bool(checking._compare(got, plain, truth, [0, 1, 2])) is wrong
+        assert bool(checking._compare(got, plain, truth, None)) is wrong
 
 
 def timings(call: Call, **seconds: list[float]) -> list[Timing]:
