@@ -30,13 +30,13 @@ struct RouteTicketConfig : TicketConfig<Loop> {
 // with e = expert[b]
 //
 // Tickets, in this order:
-//   I * ceil_div(T, kPoolRows)                                   rows of a base tile are pooled; the last scores the image
-//   B * ceil_div(T, kNormRows)                                   rows of h, whose image must have an expert
-//   B * ceil_div(T, kBlockM) * weights * ceil_div(N, kBlockN)    blocks of y, in batch order
+//   I * ceil_div(T, kPoolRows)                                 rows of a base tile, pooled; the last scores the image
+//   B * ceil_div(T, kNormRows)                                 rows of h, whose image must have an expert
+//   B * ceil_div(T, kBlockM) * weights * ceil_div(N, kBlockN)  blocks of y, in batch order
 // Grid: their sum.
 template <class Config, typename T>
 __device__ __forceinline__ void route_grouped_linear(const RouteGroupedLinearArgs<T>& args) {
-  const auto image_of = [&](int tile) { return args.image_of_tile ? static_cast<int>(args.image_of_tile[tile]) : tile; };
+  const auto id_of = [&](int tile) { return args.ids + (args.image_of_tile ? args.image_of_tile[tile] : tile); };
   const int pool_blocks = ceil_div(args.tokens, kPoolRows), pools = args.images * pool_blocks;
   const int norms = args.batch * ceil_div(args.tokens, kNormRows);
   const int ticket = draw_ticket(args.ticket);
@@ -47,12 +47,11 @@ __device__ __forceinline__ void route_grouped_linear(const RouteGroupedLinearArg
   } else if (ticket < pools + norms) {
     normalise_ticket<Config, T>(args, ticket - pools, [&](int tile) {
       int id = 0;
-      if (threadIdx.x % kWarp == 0) id = wait_for(args.ids + image_of(tile), 1);
+      if (threadIdx.x % kWarp == 0) id = wait_for(id_of(tile), 1);
       return __shfl_sync(~0u, id, 0) - 1;
     });
   } else {
-    multiply_ticket<Config>(args, ticket - pools - norms,
-                            [&](int tile) { return __ldcg(args.ids + image_of(tile)) - 1; });
+    multiply_ticket<Config>(args, ticket - pools - norms, [&](int tile) { return __ldcg(id_of(tile)) - 1; });
   }
 }
 

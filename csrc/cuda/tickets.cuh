@@ -1,8 +1,8 @@
-// One launch instead of several that follow from one another: a block draws a ticket and does what it says. Tickets that
-// others wait for come first. So what a ticket waits for has a lower number, and its block has started; by induction
-// every block ends, however few fit the chip at once and in whatever order it starts them.
+// One launch instead of several that follow from one another: a block draws a ticket and does what it says. Tickets
+// that others wait for come first. So what a ticket waits for has a lower number, and its block has started; by
+// induction every block ends, however few fit the chip at once and in whatever order it starts them.
 //
-// The work is that of the separate launches, by the same functions in the same order: the results are theirs, bit for bit.
+// The work is that of the separate launches, by the same functions in the same order: so are the bits of the results.
 #pragma once
 
 #include "grouped_linear.cuh"
