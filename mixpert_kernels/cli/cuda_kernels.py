@@ -22,12 +22,11 @@ COLUMNS = {
     "blocks_per_multiprocessor": "blocks",
     "matrix_instruction": "product",
     "operands": "operands",
-    "mma": "mma",
-    "ldmatrix": "ldmatrix",
-    "cp_async": "cp.async",
-    "other": "other",
+    "turn": "a turn: mma, ldmatrix, cp.async, other",
+    "step": "a k-step",
     "other_per_mma": "a product",
 }
+COUNTS = ("mma", "ldmatrix", "cp_async", "other")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,7 +85,17 @@ def _files(objects: Path | None) -> list[Path]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as text."""
+    rows = [row | _counts(row) for row in rows]
     cells = [["-" if row[key] is None else str(row[key]) for key in COLUMNS] for row in rows]
     with contextlib.redirect_stdout(io.StringIO()) as shown:
         print_table([list(COLUMNS.values()), *cells])
     return shown.getvalue()
+
+
+def _counts(row: dict[str, Any]) -> dict[str, str | None]:
+    """What the main loop is made of, a turn and a step along the summed dimension: "192:48:24:31", "32:8:4:5.2"."""
+    if row["mma"] is None:
+        return {"turn": None, "step": None}
+    counts = [row[key] for key in COUNTS]
+    steps = (f"{count / row['k_steps']:.1f}".removesuffix(".0") for count in counts)
+    return {"turn": ":".join(map(str, counts)), "step": ":".join(steps)}

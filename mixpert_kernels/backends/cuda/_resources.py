@@ -36,7 +36,8 @@ def rows(files: Iterable[Path]) -> list[dict[str, Any]]:
         Dicts with ``kernel``, ``chip``; ``registers``, ``stack_bytes`` and ``local_bytes`` of a thread;
         ``spill_instructions`` (LDL and STL); ``shared_bytes`` of a block, static and dynamic;
         ``blocks_per_multiprocessor`` by registers, shared memory and threads; ``matrix_instruction``, with ``operands``
-        of HGMMA, and the counts ``mma``, ``ldmatrix``, ``cp_async``, ``other`` of a turn of the main loop, or None.
+        of HGMMA, and the counts ``mma``, ``ldmatrix``, ``cp_async``, ``other`` of a turn of the main loop, which is
+        ``k_steps`` steps of 16 (float32: of 1) along the summed dimension; None in kernels without a product.
 
     Raises:
         RuntimeError: There is no cuobjdump, or it fails.
@@ -101,10 +102,11 @@ def _of_cubin(tool: str, cubin: Path) -> Iterator[dict[str, Any]]:
     for kernel, (constants, _, _) in described.items():
         registers, stack, shared, local = usage[kernel]
         if arch >= 90:
-            shared -= chips.KB  # what CUDA keeps for itself is counted in
+            shared = max(0, shared - chips.KB)  # where there is any, what CUDA keeps is counted in
         shared += constants["shared_bytes"]
         warps = constants["threads"] // 32
-        loop = _sass.main_loop(code[kernel])
+        area = _tile(constants)
+        loop = _sass.main_loop(code[kernel]) if area else None
         yield {
             "kernel": kernel,
             "chip": chip[1],
@@ -120,9 +122,25 @@ def _of_cubin(tool: str, cubin: Path) -> Iterator[dict[str, Any]]:
             "matrix_instruction": loop and loop.product,
             "operands": (loop and loop.operands) or None,
             **{key: loop and getattr(loop, key) for key in COUNTS},
+            "k_steps": loop and _k_steps(loop, area, warps),
             "other_per_mma": loop and round(loop.other_per_mma, 3),
             "nvcc": release and release[1].decode(),
         }
+
+
+def _tile(constants: dict[str, int]) -> int:
+    """Of a product, how many numbers a block computes; 0 in other kernels. A weight's gradient has no block_m."""
+    columns = constants.get("block_n", 0)
+    return columns * constants.get("block_m", constants.get("block_k", 0))
+
+
+def _k_steps(loop: _sass.Loop, area: int, warps: int) -> float:
+    """How many steps along the summed dimension a turn of the loop makes."""
+    name, *shape = loop.product.split(".")
+    if name == "HGMMA":  # a product is four warps' (a warpgroup's); one more warpgroup loads
+        rows, columns = map(int, shape[0].split("x")[:2])
+        return loop.mma * rows * columns * (warps // 4 - 1) / area
+    return loop.mma * warps * (16 * 8 if name == "HMMA" else 32) / area
 
 
 class _Section(NamedTuple):

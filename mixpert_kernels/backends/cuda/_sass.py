@@ -9,9 +9,9 @@ from typing import NamedTuple
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);")
 TARGET = re.compile(r"(?:^|[\s,(`])0x([0-9a-f]+)\)?\s*$")
-# What multiplies, best first: a loop is that of the first kind of which it has any.
+# What multiplies matrices, best first: the loop is that of the first kind there is.
 PRODUCTS = ("HGMMA", "HMMA", "FFMA")
-LOADS = {"ldmatrix": ("LDSM", "LDS"), "cp_async": ("LDGSTS", "UTMALDG", "UBLKCP")}
+COPIES = ("LDGSTS", "UTMALDG", "UBLKCP")
 SPILLS = ("LDL", "STL")
 ENDS = ("EXIT", "RET", "BRX", "JMX", "JMP", "BPT")
 
@@ -39,7 +39,7 @@ class Instruction(NamedTuple):
 class Loop(NamedTuple):
     """What one turn of the innermost loop with the most products is made of, by static count."""
 
-    product: str  # HMMA.16816.F32.BF16
+    product: str  # HMMA.16816.F32.BF16; in float32 FFMA
     operands: (
         str  # of HGMMA: "shared" where A and B are both read from shared memory, else "registers"
     )
@@ -83,14 +83,19 @@ def main_loop(code: list[Instruction]) -> Loop | None:
 
 def _count(body: list[Instruction], product: str) -> Loop:
     products = [line for line in body if line.name.startswith(product)]
-    loads = {kind: sum(line.name in names for line in body) for kind, names in LOADS.items()}
+    loads = "LDS" if product == "FFMA" else "LDSM"
+    counts = {
+        "mma": len(products),
+        "ldmatrix": sum(line.name == loads for line in body),
+        "cp_async": sum(line.name in COPIES for line in body),
+    }
     operands = ""
     if product == "HGMMA":
         # HGMMA d, gdesc[a and b], c; with A in registers: HGMMA d, a, gdesc[b], c
         second = [line.operands.split(",")[1].strip() for line in products]
         operands = "shared" if all(text.startswith("gdesc") for text in second) else "registers"
-    other = len(body) - len(products) - sum(loads.values())
-    return Loop(products[0].opcode, operands, len(products), **loads, other=other)
+    other = len(body) - sum(counts.values())
+    return Loop(products[0].opcode, operands, **counts, other=other)
 
 
 def _busiest(code: list[Instruction], product: str) -> list[Instruction] | None:
