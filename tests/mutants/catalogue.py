@@ -4,5 +4,6 @@ from __future__ import annotations
 
 import of_training
 import of_triton
+import of_wgmma
 
-MUTANTS = of_triton.MUTANTS + of_training.MUTANTS
+MUTANTS = of_triton.MUTANTS + of_training.MUTANTS + of_wgmma.MUTANTS
