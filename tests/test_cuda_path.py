@@ -61,15 +61,7 @@ def routed(gpu: FakeCuda, tower, batch: int, **call: object) -> list[str]:
 # One image: T = 196 and N = 2304 are less than one wave of blocks on 132 multiprocessors, T = 729 and N = 3456 more.
 
 
-SM_90 = pytest.param(
-    90,
-    marks=pytest.mark.xfail(
-        strict=True, reason="wgmma has no tickets: the first product and every LayerNorm stand alone, 15 launches"
-    ),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("arch", [80, SM_90, 100, 120])
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
 @pytest.mark.parametrize(("kind", "norm_linear", "most"), [("base", ONE, 10), ("so400m", TWO, 13)])
 def test_one_image_takes_ten_launches_below_one_wave_and_thirteen_above(
     kind: str, norm_linear: list[str], most: int, arch: int, cuda_gpu: FakeCuda

@@ -18,17 +18,24 @@ from .grouped_layer_norm import vectors
 def serves(kernel: str, x: Tensor, weights: list[Tensor]) -> bool:
     """Whether one launch, of such a kernel, gives bit for bit what the separate ones give; if not, those run.
 
-    Not for rows that a warp does not hold or that are no vectors, nor for weights of several shapes. And not where
-    wgmma multiplies: it adds in another order than mma.sync, whose tickets these are, and its operands come by TMA,
-    which rows written in the same launch must not.
+    Not for rows that a warp does not hold or that are no vectors, nor for weights of several shapes.
     """
-    count, columns = alike(weights), weights[0].shape[1]
     return (
-        count == len(weights) <= WEIGHTS
+        alike(weights) == len(weights) <= WEIGHTS
         and vectors(x)
         and x.shape[2] <= _launch.kernels()[kernel].constants["widest"]
-        and not _wgmma.serves(_configs.chip(x.device), x.dtype, columns, x.shape[2])
     )
+
+
+def multiplies_by_wgmma(x: Tensor, weights: list[Tensor]) -> bool:
+    """Whether grouped_linear does: it adds in another order than mma.sync, so that tickets must too."""
+    return _wgmma.serves(_configs.chip(x.device), x.dtype, *weights[0].shape[1:])
+
+
+def waves(x: Tensor, weights: list[Tensor]) -> float:
+    """How many of grouped_linear's blocks there are for each multiprocessor, where wgmma multiplies."""
+    blocks = output_blocks(x, weights)(_launch.kernels()[_wgmma.kernel(x.dtype)].constants)
+    return blocks / _configs.chip(x.device).multiprocessors
 
 
 def prepared(x: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

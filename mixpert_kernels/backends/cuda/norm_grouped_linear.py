@@ -28,7 +28,8 @@ def norm_grouped_linear(
 
     Below one wave the LayerNorm's launch and the idle end of it cost more than blocks that wait for their rows.
     """
-    kernel = f"norm_grouped_linear_{_configs.SUFFIX[x.dtype]}_small"
+    wgmma = _tickets.multiplies_by_wgmma(x, weights)
+    kernel = f"norm_grouped_linear_{_configs.SUFFIX[x.dtype]}_{'wgmma' if wgmma else 'small'}"
     if not (_tickets.serves(kernel, x, weights) and _below_one_wave(x, weights)):
         layer = (norm_weight, norm_bias, norm_eps, weights, biases, expert, order, offsets)
         return two_ops(grouped_layer_norm, grouped_linear, x, *layer, activation)
@@ -44,7 +45,9 @@ def norm_grouped_linear(
 
 
 def _below_one_wave(x: Tensor, weights: list[Tensor]) -> bool:
-    """Whether the linear layer takes its small blocks, since large ones would leave multiprocessors without work."""
+    """Whether the linear layer's large blocks would leave multiprocessors without work, or it takes its small ones."""
+    if _tickets.multiplies_by_wgmma(x, weights):
+        return _tickets.waves(x, weights) < 1
     name = f"grouped_linear_{_configs.SUFFIX[x.dtype]}"
     blocks = _tickets.output_blocks(x, weights)
     return _configs.of_size(name, x.device, blocks).endswith("_small")
