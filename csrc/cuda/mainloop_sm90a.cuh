@@ -35,7 +35,7 @@ struct WarpgroupLoop {
 
   static __device__ __forceinline__ void clear(Accumulators&) {}  // run() sets them
 
-  // acc = the product of `tiles` tiles of k. All threads of the block call this, once; afterwards shared memory is free.
+  // acc = the product of `tiles` tiles of k. All threads of the block call this, once; shared memory is free after it.
   // Source: as for TensorCoreLoop.
   template <class Source>
   static __device__ __forceinline__ void run(Accumulators& acc, Source& source, int tiles, uint32_t shared) {
