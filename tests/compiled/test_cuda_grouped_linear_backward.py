@@ -20,6 +20,8 @@ from ._worker import full
 
 BF16 = torch.bfloat16
 SIZES = ("large", "small")  # of a block
+# The two kinds of gelu differ by less than bfloat16 shows.
+TELLING = {a: torch.float32 if a.startswith("gelu") else BF16 for a in ACTIVATIONS}
 
 
 def problem(tokens, depth, width, *, count=1, activation="none", scale=False):
@@ -94,15 +96,14 @@ def test_tails_like_4304(size):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     args = problem(17, 40, 72, activation=activation, scale=activation == "relu")
-    check(run_on(90), reference.grouped_linear_backward, args, BF16)
+    check(run_on(90), reference.grouped_linear_backward, args, TELLING[activation])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [BF16, pytest.param(torch.float32, marks=full)], ids=str)
-def test_activations_in_the_epilogue_of_dx(dtype, activation):
+def test_activations_in_the_epilogue_of_dx(activation):
     args = mlp_problem(17, 24, 40, 16, activation, scale=activation == "gelu")
     run = run_on(function=grouped_mlp_backward)
-    check(run, reference_mlp.grouped_mlp_backward, args, dtype)
+    check(run, reference_mlp.grouped_mlp_backward, args, TELLING[activation])
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
