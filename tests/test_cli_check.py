@@ -157,17 +157,32 @@ def test_a_process_that_crashes_or_hangs_is_a_failed_row(monkeypatch):
     assert row["status"] == "FAILED" and row["reason"] == "did not end within 0.1 s"
 
 
+def reasons(rows):
+    assert all(row["status"] == "not run" for row in rows)
+    return {row["backend"]: row["reason"] for row in rows}
+
+
 def test_what_is_not_run_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent = "a source checkout has the emulator, an installed package does not"
+    if HAS_TRITON and check_worker.EMULATOR.is_file():
+        monkeypatch.setattr(check.shutil, "which", lambda name: "/bin/nvcc")
+        assert reasons(check.plan(None, False)[1]) == {
+            "cuda": "--full compiles and runs it: minutes"
+        }
+        jobs, rows = check.plan(None, True)
+        assert not rows and [job.place for job in jobs].count("csrc sm_90") == 3
+        monkeypatch.setattr(check.shutil, "which", lambda name: None)
+        assert reasons(check.plan(None, True)[1]) == {"cuda": "nvcc is not on PATH"}
     monkeypatch.setattr(check_worker, "EMULATOR", tmp_path / "missing.py")
     if HAS_TRITON:
-        jobs, (row,) = check.plan(None, False)
+        jobs, rows = check.plan(None, True)
         assert [job.place for job in jobs] == ["interpreter", "cpu"]
-        assert row["status"] == "not run" and "source checkout" in row["reason"]
+        assert reasons(rows) == {"triton": absent, "cuda": absent}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    jobs, (row,) = check.plan(None, False)
+    jobs, rows = check.plan(None, False)
     assert [job.place for job in jobs] == ["cpu"]
-    assert row["reason"] == "triton is not installed"
+    assert reasons(rows) == {"triton": "triton is not installed", "cuda": absent}
 
 
 def test_an_unknown_op_is_one_line(capsys):

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -48,8 +49,8 @@ def add_parser(subparsers: Any) -> None:
         description="Run each op, forward and backward, by each backend that this machine can run, in each dtype it "
         "serves, on small odd shapes, and compare with the reference in float64. A result may be twice as far from it "
         "as plain PyTorch's own in the same dtype, plus one rounding. Without a GPU, Triton's kernels run in its "
-        "interpreter and, in a source checkout, in an emulator of compiled kernels (bfloat16 alone, unless --full). "
-        "Exit status 1 if a row failed.",
+        "interpreter and, in a source checkout, in an emulator of compiled kernels (bfloat16 alone, unless --full); with "
+        "--full, those of csrc/ are compiled and run there too. Exit status 1 if a row failed.",
     )
     parser.add_argument("--op", action="append", metavar="NAME", help="only this one; repeatable")
     parser.add_argument(
@@ -96,14 +97,26 @@ def plan(names: Sequence[str] | None, full: bool) -> tuple[list[Job], list[dict[
     cpu = Job("cpu", every, ops)
     if torch.cuda.is_available():
         return [*(Job("cuda", (dtype,), ops) for dtype in every), cpu], []
-    if importlib.util.find_spec("triton") is None:
-        return [cpu], [_line("triton", "all", "not run", "triton is not installed")]
-    jobs = [Job("interpreter", every, ops), cpu]
+    chips, jobs, rows = ("sm_80", "sm_90"), [cpu], []
+    absent = None
     if not EMULATOR.is_file():
-        reason = "a source checkout has the emulator, an installed package does not"
-        return jobs, [_line("triton", "emulator", "not run", reason)]
-    dtypes = every if full else ("bfloat16",)
-    return [*(Job(chip, dtypes, ops) for chip in ("sm_80", "sm_90")), *jobs], []
+        absent = "a source checkout has the emulator, an installed package does not"
+    if importlib.util.find_spec("triton") is None:
+        rows.append(_line("triton", "all", "not run", "triton is not installed"))
+    else:
+        jobs.insert(0, Job("interpreter", every, ops))
+        if absent:
+            rows.append(_line("triton", "emulator", "not run", absent))
+        else:
+            dtypes = every if full else ("bfloat16",)
+            jobs = [*(Job(chip, dtypes, ops) for chip in chips), *jobs]
+    no_cuda = absent or (None if shutil.which("nvcc") else "nvcc is not on PATH")
+    if no_cuda or not full:
+        reason = no_cuda or "--full compiles and runs it: minutes"
+        rows.append(_line("cuda", "emulator", "not run", reason))
+    else:
+        jobs = [Job(f"csrc {chip}", (dtype,), ops) for dtype in every for chip in chips] + jobs
+    return jobs, rows
 
 
 def _line(backend: str, where: str, status: str, reason: str) -> dict[str, Any]:

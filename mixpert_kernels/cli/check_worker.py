@@ -26,7 +26,8 @@ from mixpert_kernels.testing import error_and_bound
 
 from .cases import CASES, Case, backward, draw, forward
 
-PLACES = ("cuda", "cpu", "interpreter", "sm_80", "sm_90")
+EMULATED = {"sm_80": "triton", "sm_90": "triton", "csrc sm_80": "cuda", "csrc sm_90": "cuda"}
+PLACES = ("cuda", "cpu", "interpreter", *EMULATED)
 EMULATOR = Path(mixpert_kernels.__file__).parent.parent / "tests" / "compiled" / "_emulate.py"
 
 
@@ -56,7 +57,7 @@ def rows_of(place: str, dtypes: Sequence[str], names: Sequence[str]) -> list[Row
     """Check ops by every backend that a place is for.
 
     Args:
-        place: one of ``PLACES``; the last three are for Triton, the CPU for what is not.
+        place: one of ``PLACES``; the interpreter is for Triton, the CPU for what is not.
         dtypes: names, such as ``bfloat16``.
         names: of the ops.
     """
@@ -66,8 +67,9 @@ def rows_of(place: str, dtypes: Sequence[str], names: Sequence[str]) -> list[Row
         where, backends = torch.cuda.get_device_name(), [b for b in BACKENDS if b != "cpu"]
     elif place == "cpu":
         where, backends = "CPU", [b for b in BACKENDS if b != "triton"]
-    elif place.startswith("sm_"):
-        where, around = f"emulator {place}", _emulated(place)
+    elif place in EMULATED:
+        backends, chip = [EMULATED[place]], place.split()[-1]
+        where, around = f"emulator {chip}", _emulated(chip, *backends)
     elif place != "interpreter":
         raise ValueError(f"place must be one of {', '.join(PLACES)}, got {place}")
     rows = []
@@ -78,20 +80,21 @@ def rows_of(place: str, dtypes: Sequence[str], names: Sequence[str]) -> list[Row
     return rows
 
 
-def _emulated(place: str) -> Callable[[], contextlib.AbstractContextManager]:
-    """What makes Triton's kernels run in the emulator, on tensors of the CPU."""
+def _emulated(chip: str, backend: str) -> Callable[[], contextlib.AbstractContextManager]:
+    """What makes a backend's kernels run in the emulator, on tensors of the CPU."""
     sys.path.insert(0, str(EMULATOR.parent.parent))
-    emulator = importlib.import_module("compiled._emulate")
-    triton = importlib.import_module("mixpert_kernels.backends.triton")
+    names = {"triton": "compiled._emulate", "cuda": "compiled._emulate_cuda"}
+    emulator = importlib.import_module(names[backend])
+    folder = importlib.import_module(f"mixpert_kernels.backends.{backend}")
 
     def served(op, device, dtype):
-        return None if dtype in triton.DTYPES else f"has no {dtype}"
+        return None if dtype in folder.DTYPES else f"has no {dtype}"
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
         with (
-            mock.patch.object(triton, "why_not", served),
-            emulator.emulated(arch=int(place.removeprefix("sm_"))),
+            mock.patch.object(folder, "why_not", served),
+            emulator.emulated(arch=int(chip.removeprefix("sm_"))),
         ):
             yield
 
