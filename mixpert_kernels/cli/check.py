@@ -49,8 +49,8 @@ def add_parser(subparsers: Any) -> None:
         description="Run each op, forward and backward, by each backend that this machine can run, in each dtype it "
         "serves, on small odd shapes, and compare with the reference in float64. A result may be twice as far from it "
         "as plain PyTorch's own in the same dtype, plus one rounding. Without a GPU, Triton's kernels run in its "
-        "interpreter and, in a source checkout, in an emulator of compiled kernels (bfloat16 alone, unless --full); with "
-        "--full, those of csrc/ are compiled and run there too. Exit status 1 if a row failed.",
+        "interpreter and, in a source checkout, in an emulator of compiled kernels (bfloat16 alone, unless --full). "
+        "With --full, those of csrc/ are compiled and run there too. Exit status 1 if a row failed.",
     )
     parser.add_argument("--op", action="append", metavar="NAME", help="only this one; repeatable")
     parser.add_argument(
