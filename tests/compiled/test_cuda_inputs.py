@@ -80,7 +80,7 @@ def turned(t: Tensor) -> Tensor:
     return t.permute(*order).contiguous().permute(*order)
 
 
-LAYOUTS = [one_off, odd_rows, pytest.param(apart, marks=full), pytest.param(turned, marks=full)]
+LAYOUTS = [one_off, *(pytest.param(layout, marks=full) for layout in (odd_rows, apart, turned))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
