@@ -207,6 +207,14 @@ def test_sums_take_an_experts_chunks_in_order():
             assert torch.equal(together[e], total.to(dtype)), e
 
 
+def test_dz_is_summed_before_it_is_rounded():
+    """By hand: (1 + 1/128) squared needs more bits than bfloat16 has, and 64 of them are exact in float32."""
+    dy, scale = (torch.full(shape, 1 + 1 / 128, dtype=BF16) for shape in ((1, 64, 8), (1, 8)))
+    with emulated():
+        dz, parts = backward_parts(dy, None, scale, ids([0], 1)[0], "none", True, False)
+    assert (dz == 1 + 1 / 64).all() and (parts == 64 * (1 + 1 / 128) ** 2).all(), parts
+
+
 def test_nan_stays_in_its_tile_and_its_expert():
     """Of two neighbours in memory, the one after and the one before a tile of another expert."""
     args = to(BF16, problem(17, 72, 136, activation="gelu", scale=True))
