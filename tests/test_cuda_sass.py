@@ -87,18 +87,22 @@ def test_float32_products_are_fused_multiply_adds() -> None:
 
 
 def test_threads_that_meet_again_go_on_behind_the_barrier() -> None:
-    """BSYNC continues where its BSSY says, not at the next line."""
+    """BSYNC continues where its BSSY says; a jump with a condition as its operand may not be taken."""
     text = """
 \t\tFunction : meet
-        /*0000*/                   BSSY B0, 0x50 ;
-        /*0010*/               @P0 BRA 0x40 ;
-        /*0020*/                   FFMA R1, R2, R3, R1 ;
-        /*0030*/                   BRA 0x20 ;
-        /*0040*/                   BSYNC B0 ;
-        /*0050*/                   EXIT ;
+        /*0000*/                   BRA.U UP1, 0x60 ;
+        /*0010*/                   BSSY B0, 0x40 ;
+        /*0020*/               @P0 BRA 0x80 ;
+        /*0030*/                   BSYNC B0 ;
+        /*0040*/                   FFMA R1, R2, R3, R1 ;
+        /*0050*/                   BRA.U UP0, 0x10 ;
+        /*0060*/                   EXIT ;
+        /*0080*/                   YIELD ;
+        /*0090*/                   BSYNC B0 ;
+        /*00a0*/                   EXIT ;
 """
     code = _sass.functions(text)["meet"]
-    assert [sorted(body) for body in _sass.loops(code)] == [[2, 3]]
+    assert [sorted(body) for body in _sass.loops(code)] == [[1, 2, 3, 4, 5, 7, 8]]
 
 
 def test_a_folder_without_a_tool_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

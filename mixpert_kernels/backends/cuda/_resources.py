@@ -137,9 +137,9 @@ def _tile(constants: dict[str, int]) -> int:
 def _k_steps(loop: _sass.Loop, area: int, warps: int) -> float:
     """How many steps along the summed dimension a turn of the loop makes."""
     name, *shape = loop.product.split(".")
-    if name == "HGMMA":  # a product is four warps' (a warpgroup's); one more warpgroup loads
+    if name == "HGMMA":  # of a warpgroup, each of which computes a block of its own
         rows, columns = map(int, shape[0].split("x")[:2])
-        return loop.mma * rows * columns * (warps // 4 - 1) / area
+        return loop.mma * rows * columns / area
     return loop.mma * warps * (16 * 8 if name == "HMMA" else 32) / area
 
 
