@@ -56,7 +56,7 @@ def check_decision(got, of_image, rule, experts, expert=None):
         assert ids.dtype == torch.int32 and torch.equal(ids, wanted), (ids, wanted)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=full)])
 @pytest.mark.parametrize("floats", [False, True], ids=["", "router in float32"])
 @pytest.mark.parametrize(
     "dtype, tokens, width, experts, hidden",
@@ -150,7 +150,7 @@ def test_the_sort_of_more_tiles_than_a_warp_has_lanes(batch):
     check_decision(got, of_image, rule, 5)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [80, pytest.param(90, marks=full)])
 @pytest.mark.parametrize("resident_ctas", [1, 2, 64])
 @pytest.mark.parametrize("interleave", ["random", "warp"])
 @pytest.mark.parametrize("seeds", [range(2), pytest.param(range(2, 20), marks=full)], ids=str)
