@@ -64,9 +64,9 @@ class StripWriter {
 
  public:
   __device__ __forceinline__ StripWriter(const Outputs<T>& out, int first_column)
-      : out_(out), column_(first_column + threadIdx.x % 32 % kLanes * kSize) {
+      : out_(out), column_(first_column + thread_anew() % 32 % kLanes * kSize) {
     if (!out.vectors) {
-      column_ = first_column + threadIdx.x % 32;
+      column_ = first_column + thread_anew() % 32;
       return;
     }
     if (out.bias && column_ < out.columns) read(bias_, out.bias + column_);
@@ -98,7 +98,7 @@ class StripWriter {
   }
 
   __device__ __forceinline__ void write_vectors(unsigned char* strip, int first_row) const {
-    const int lane = threadIdx.x % 32, first = lane / kLanes, in_strip = lane % kLanes * kSize;
+    const int lane = thread_anew() % 32, first = lane / kLanes, in_strip = lane % kLanes * kSize;
     if (column_ >= out_.columns) return;
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; pass += kBatch) {
@@ -159,7 +159,7 @@ class StripWriter {
 #pragma unroll 1
       for (int row = 0; row < rows; ++row) {
         const long long place = (first_row + row) * out_.stride + column;
-        float z[1] = {*Strip::at(strip, row, threadIdx.x % 32 + beyond)};
+        float z[1] = {*Strip::at(strip, row, thread_anew() % 32 + beyond)};
         if (out_.bias) z[0] = __fadd_rn(z[0], bias);
         if (out_.pre) out_.pre[place] = from_float<T>(z[0]);
         activate(z, out_.activation);
@@ -179,7 +179,7 @@ class StripWriter {
 template <class Loop, typename T>
 __device__ __forceinline__ void write_block(const typename Loop::Accumulators& acc, const Outputs<T>& out,
                                             unsigned char* shared) {
-  unsigned char* strip = shared + threadIdx.x / 32 * Loop::WarpStrip::kBytes;
+  unsigned char* strip = shared + thread_anew() / 32 * Loop::WarpStrip::kBytes;
   const StripWriter<T, typename Loop::WarpStrip> writer(out, Loop::warp_column());
 #pragma unroll 1
   for (int i = 0; i < Loop::kStrips; ++i) {

@@ -3,9 +3,10 @@
 // Warps share the block as kWarpsM x kWarpsN; a warp holds its part in registers, as blocks of 16 x 8 (mma.sync). Every
 // output has one accumulator and k ascends in steps of 16, so all shapes give the same bits.
 //
-// Tiles of kDepth of k pass through kStages buffers. While the products of a step of 16 run, the operands of the next
-// one are loaded from shared memory, and the tile kStages - 1 ahead is on its way from global memory. One barrier a
-// tile: it says that the next tile has landed, and that all warps have left the buffer that is filled next.
+// Tiles of kDepth of k pass through kStages buffers. While a step of 16 is multiplied, the operands of the next are
+// loaded from shared memory, those of A into registers of their own, each of B in the place of the one whose products
+// have just been issued; and the tile kStages - 1 ahead is on its way from global memory. One barrier a tile: it says
+// that the next tile has landed, and that all warps have left the buffer that is filled next.
 #pragma once
 
 #include <type_traits>
@@ -53,13 +54,12 @@ struct TensorCoreLoop {
   static __device__ __forceinline__ void run(Accumulators& acc, Source& source, int tiles, uint32_t shared) {
     const Fragments<TileA, kSpanM, 3> place_a(shared, warp_row());
     const Fragments<TileB, kSpanN, 4> place_b(shared + TileA::kBytes, warp_column());
-    uint32_t a[2][kRows][4], b[2][kColumns / 2][4];
-    const auto load_step = [&](int into, int stage, int step) {
+    uint32_t a[2][kRows][4], b[kColumns / 2][4];
+    const auto load_a = [&](int into, int stage, int step) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) place_a.load(a[into][i], stage * kStageBytes, i, step);
-#pragma unroll
-      for (int j = 0; j < kColumns / 2; ++j) place_b.load(b[into][j], stage * kStageBytes, j, step);
     };
+    const auto load_b = [&](int j, int stage, int step) { place_b.load(b[j], stage * kStageBytes, j, step); };
 
     constexpr int kAhead = kStages - 1;
 #pragma unroll
@@ -69,7 +69,9 @@ struct TensorCoreLoop {
     }
     copy_wait<kStages - 2>();
     __syncthreads();
-    load_step(0, 0, 0);
+    load_a(0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < kColumns / 2; ++j) load_b(j, 0, 0);
 
     // A round passes through all buffers: which one is used is a constant in every address.
     const auto round = [&](auto whole) {
@@ -77,26 +79,26 @@ struct TensorCoreLoop {
       for (int stage = 0; stage < kStages; ++stage) {
 #pragma unroll
         for (int step = 0; step < kSteps; ++step) {
-          const int now = step % 2;
-          if (step < kSteps - 1) {
-            load_step(1 - now, stage, step + 1);
-          } else {
+          const int now = step % 2, next = (step + 1) % kSteps;
+          const int next_stage = next ? stage : (stage + 1) % kStages;
+          if (next == 0) {
             copy_wait<kStages - 2>();
             __syncthreads();
-            load_step(1 - now, (stage + 1) % kStages, 0);
           }
+          load_a(1 - now, next_stage, next);
           if (step == 0) {
             const uint32_t buffer = shared + (stage + kAhead) % kStages * kStageBytes;
             source.template load<decltype(whole)::value>(buffer, stage + kAhead);
             copy_commit();
           }
 #pragma unroll
-          for (int j = 0; j < kColumns; ++j) {
+          for (int j = 0; j < kColumns / 2; ++j) {
 #pragma unroll
             for (int i = 0; i < kRows; ++i) {
-              const auto& of = b[now][j / 2];
-              multiply_add<T>(acc[i][j], a[now][i], of[j % 2 * 2], of[j % 2 * 2 + 1]);
+              multiply_add<T>(acc[i][2 * j], a[now][i], b[j][0], b[j][1]);
+              multiply_add<T>(acc[i][2 * j + 1], a[now][i], b[j][2], b[j][3]);
             }
+            load_b(j, next_stage, next);
           }
         }
         if (!decltype(whole)::value && stage + 1 == tiles) break;
@@ -117,7 +119,8 @@ struct TensorCoreLoop {
 
   // Writes 16 rows of the warp's accumulators. The number may vary at run time: registers cannot be indexed, code can.
   static __device__ __forceinline__ void store_strip(const Accumulators& acc, int number, unsigned char* strip) {
-    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    const unsigned thread = thread_anew();
+    const int row = thread % 32 / 4, column = thread % 4 * 2;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (i != number) continue;

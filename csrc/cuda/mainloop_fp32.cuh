@@ -84,8 +84,9 @@ struct FmaLoop {
   static __device__ __forceinline__ int warp_column() { return threadIdx.x / 32 % kWarpsN * kSpanN; }
 
   static __device__ __forceinline__ void store_strip(const Accumulators& acc, int number, unsigned char* strip) {
+    const unsigned thread = thread_anew();
     constexpr int kRows = kThreadM / kStrips;
-    const int y = threadIdx.x % 32 / 8, x = threadIdx.x % 8;
+    const int y = thread % 32 / 8, x = thread % 8;
 #pragma unroll
     for (int i = 0; i < kThreadM; ++i) {
       if (i / kRows != number) continue;
