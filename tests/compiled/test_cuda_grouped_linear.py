@@ -14,7 +14,7 @@ from mixpert_kernels.backends.reference import grouped_mlp as reference_mlp
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
 
 from ._cases import DTYPES, EXPERT, EXPERTS, check, ids, normal, to
-from ._emulate_cuda import emulated, kernels
+from ._emulate_cuda import emulated, kernels, modules, ptx
 from ._worker import full
 
 BF16 = torch.bfloat16
@@ -100,7 +100,9 @@ def test_the_90a_code():
 @pytest.mark.parametrize("dtype", (BF16, torch.float32), ids=str)
 @pytest.mark.parametrize("depth, width", [(71, 5), (1, 1), (64, 24)])
 def test_rows_off_16_bytes(depth, width, dtype):
-    args = problem(9, depth, width, count=2, activation="gelu", residual=True, expert=(3, 0))
+    args = problem(
+        9, depth, width, count=2, activation="gelu", residual=True, scale=True, expert=(3, 0)
+    )
     check(run, reference.grouped_linear, args, dtype)
 
 
@@ -123,11 +125,25 @@ def test_operands_off_16_bytes():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_epilogues(activation):
-    for residual, scale in ((False, False), (True, False), (False, True)):
+    """In float32 too: bfloat16 does not tell the two GELUs apart."""
+    for residual, scale, dtype in (
+        (False, False, torch.float32),
+        (True, False, BF16),
+        (False, True, BF16),
+    ):
         args = problem(
             17, 32, 40, activation=activation, residual=residual, scale=scale, expert=(2,)
         )
-        check(run, reference.grouped_linear, args, BF16)
+        check(run, reference.grouped_linear, args, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_numbers_that_are_none_and_huge_ones(activation):
+    args = to(torch.float32, problem(3, 16, 8, activation=activation, expert=(2,)))
+    for row, value in enumerate((float("nan"), 1e30, -1e30)):
+        args[0][0, row, 3] = value
+    got, expected = run(1, *args)[0], reference.grouped_linear(*args)[0]
+    torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 def test_without_bias_and_pre():
@@ -180,6 +196,13 @@ def test_memory_is_read_and_written_in_full_sectors(size, dtype):
     )
     stats = launched(size, 0, *args)[1].stats
     assert stats.load_efficiency >= 0.95 and stats.store_efficiency == 1, stats
+
+
+def test_lanes_meet_at_a_strip():
+    """Before it is read and before it is written again; of lanes of one warp the emulator sees no race."""
+    text = ptx(modules(80)["grouped_linear_bf16_large"], 80)
+    for kernel in text.split(".visible .entry ")[1:]:
+        assert kernel.count("bar.warp.sync") == 2, kernel.splitlines()[0]
 
 
 def test_the_size_follows_from_how_many_blocks_there_are():
@@ -237,6 +260,17 @@ def test_grouped_mlp():
         return results
 
     check(two, reference_mlp.grouped_mlp, args, BF16)
+
+
+@full
+def test_tiles_far_apart():
+    """By 2^31 numbers, of which few take memory."""
+    args = to(BF16, problem(9, 40, 24, expert=(1, 3)))
+    far = torch.zeros(2**31 + 9 * 40, dtype=BF16).as_strided((2, 9, 40), (2**31, 40, 1))
+    far.copy_(args[0])
+    for size in SIZES:
+        got = launched(size, 0, far, *args[1:])[0][0]
+        assert torch.equal(got, launched(size, 0, *args)[0][0]), size
 
 
 @full
