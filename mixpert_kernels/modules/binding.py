@@ -42,6 +42,11 @@ def bind(routing: Routing | None) -> Routing | None:
     return before
 
 
+def peek() -> Routing | None:
+    """Return the routing that is bound; None outside every block."""
+    return _binding().routing
+
+
 def bound_routing(leaf: str) -> Routing:
     """Return the routing bound by the block that is running.
 

@@ -188,12 +188,34 @@ def expertize(block: nn.Module, num_experts: int) -> ExpertBlock:
     """
     if num_experts < 1:
         raise ValueError(f"expertize: num_experts must be at least 1, got {num_experts}")
-    template = _copy(block).to("meta")
-    clone = _swap(_copy(block), lambda leaf, path: _cloned(leaf, path, num_experts))
+    template = copy_of(block).to("meta")
+    clone = group_leaves(copy_of(block), num_experts, _parametrize)
     return ExpertBlock(clone, num_experts, template)
 
 
-def _copy(block: nn.Module) -> nn.Module:
+def group_leaves(
+    block: nn.Module, num_experts: int, loosen: Callable[[nn.Module, list[str]], None]
+) -> nn.Module:
+    """Swap the leaves of ``block`` for grouped ones, in place.
+
+    Args:
+        block: changed in place, and returned unless it is a leaf itself.
+        num_experts: E.
+        loosen: called with each module that has loose parameters and their names, once these hold E copies, to have
+            the module read the rows of the batch's experts.
+
+    Raises:
+        ValueError: a leaf cannot be cloned; some of the block may have been swapped.
+    """
+    return _swap(block, lambda leaf, path: _cloned(leaf, path, num_experts, loosen))
+
+
+def _parametrize(module: nn.Module, names: list[str]) -> None:
+    for name in names:
+        parametrize.register_parametrization(module, name, GroupedParameter(), unsafe=True)
+
+
+def copy_of(block: nn.Module) -> nn.Module:
     """A deep copy that shares configurations, so that switching a model's attention reaches its experts."""
     configs = [m.config for m in block.modules() if hasattr(m, "config")]
     return copy.deepcopy(block, {id(config): config for config in configs})
@@ -210,7 +232,9 @@ def _swap(module: nn.Module, replace: Callable, path: str = "") -> nn.Module:
     return module
 
 
-def _cloned(leaf: nn.Module, path: str, num_experts: int) -> nn.Module | None:
+def _cloned(
+    leaf: nn.Module, path: str, num_experts: int, loosen: Callable[[nn.Module, list[str]], None]
+) -> nn.Module | None:
     name = type(leaf).__name__
     clone = LEAVES.get(name)
     if hasattr(nn, name) and type(leaf) is not getattr(nn, name):
@@ -236,6 +260,8 @@ def _cloned(leaf: nn.Module, path: str, num_experts: int) -> nn.Module | None:
                 f"expertize: cannot clone parameter {parameter} of {name} at {where}: it has shape "
                 f"{tuple(value.shape)}, and only vectors and the rows of LOOSE_MATRICES are known"
             )
+    for parameter, value in loose.items():
         setattr(leaf, parameter, stacked(value, num_experts))
-        parametrize.register_parametrization(leaf, parameter, GroupedParameter(), unsafe=True)
+    if loose:
+        loosen(leaf, list(loose))
     return None

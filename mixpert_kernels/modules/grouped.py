@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixpert_kernels.ops import grouped_layer_norm, grouped_linear
+from mixpert_kernels.routing import Routing
 
 from .binding import bound_routing
 
@@ -140,8 +141,13 @@ class GroupedParameter(nn.Module):
     """
 
     def forward(self, original: Tensor) -> Tensor:
-        gathered = original[bound_routing(type(self).__name__).expert]
-        return gathered.unsqueeze(1) if gathered.ndim == 2 else gathered
+        return rows_of(original, bound_routing(type(self).__name__))
+
+
+def rows_of(parameter: Tensor, routing: Routing) -> Tensor:
+    """A loose parameter (E, ...) as it multiplies or is added to a batch: (B, 1, ...) or, a matrix, (B, K, N)."""
+    gathered = parameter[routing.expert]
+    return gathered.unsqueeze(1) if gathered.ndim == 2 else gathered
 
 
 def stacked(parameter: Tensor, num_experts: int) -> nn.Parameter:

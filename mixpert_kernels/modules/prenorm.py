@@ -156,7 +156,8 @@ def scale_table(block: nn.Module, path: str | None) -> Tensor | None:
     owner = block.get_submodule(owner_path)
     if parametrize.is_parametrized(owner, name):
         return owner.parametrizations[name].original
-    return getattr(owner, name).unsqueeze(0)
+    scale = getattr(owner, name)
+    return scale if scale.ndim == 2 else scale.unsqueeze(0)
 
 
 def _plan(

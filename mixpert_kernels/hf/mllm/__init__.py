@@ -1,0 +1,9 @@
+"""Experts inside transformers' vision-language models."""
+
+from .mixpertize import mixpertize, unmixpertize
+from .routes import forced_routing, record_routing
+from .saving import register
+
+__all__ = ["forced_routing", "mixpertize", "record_routing", "unmixpertize"]
+
+register()

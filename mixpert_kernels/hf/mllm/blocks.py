@@ -1,0 +1,156 @@
+"""Blocks and projectors with experts, in the place of the plain ones and under their class and parameter names.
+
+A module's leaves are swapped for grouped ones and its class for a subclass of the same name, made on the fly. Whatever
+goes by ``isinstance``, by a class's or a parameter's name or by hooks finds what it found before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixpert_kernels.modules.binding import bind, peek
+from mixpert_kernels.modules.expertize import copy_of, group_leaves
+from mixpert_kernels.modules.grouped import rows_of
+from mixpert_kernels.modules.mlp import MlpPlan
+from mixpert_kernels.modules.prenorm import PreNormPlan
+from mixpert_kernels.routing import Routing
+
+from . import scope
+
+ROUTING = "mixpert_routing"  # the argument by which a block hands its routing to its own forward
+FLAGS = ("output_hidden_states", "output_attentions")  # passed down to blocks, which ignore them
+
+
+@functools.cache
+def subclass(plain: type, *mixins: type) -> type:
+    """A subclass of ``plain`` under its name, with ``mixins`` before it."""
+    names = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "mixpert_plain": plain,
+    }
+    return type(plain)(plain.__name__, (*mixins, plain), {**names, "__doc__": plain.__doc__})
+
+
+def plain_class(module: nn.Module) -> type:
+    return getattr(type(module), "mixpert_plain", type(module))
+
+
+class Loose(nn.Module):
+    """A module whose own parameters read, while it runs, as the rows of the batch's experts."""
+
+    mixpert_loose: tuple[str, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        if name in self.mixpert_loose:
+            routing = peek()
+            return value if routing is None else rows_of(value, routing)
+        return value
+
+
+class Expert(nn.Module):
+    """A block or projector with experts: routed as its scope says."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs[ROUTING] = self._routing(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        routing: Routing = kwargs.pop(ROUTING)
+        given = {name: value for name, value in kwargs.items() if name not in FLAGS}
+        if args and self._fuses() and self.mixpert_plan.serves(self, args[1:], given):
+            return self.mixpert_plan.run(self, args[0], routing)
+        before = bind(routing)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            bind(before)
+
+    def _routing(self, *args: Any, **kwargs: Any) -> Routing:
+        raise NotImplementedError
+
+    def _fuses(self) -> bool:
+        """Whether the plan may run: it is no other attention than sdpa's, which returns no weights."""
+        if self.mixpert_plan is None:
+            return False
+        configs = [m.config for m in self.modules() if hasattr(m, "config")]
+        return all(getattr(c, "_attn_implementation", "sdpa") == "sdpa" for c in configs)
+
+
+class ExpertLayer(Expert):
+    """A block of the vision tower."""
+
+    def _routing(self, *args: Any, **kwargs: Any) -> Routing:
+        return scope.current(self).route(args[0] if args else kwargs["hidden_states"])
+
+
+class ExpertProjector(Expert):
+    """A projector: what comes before it has routed."""
+
+    def _routing(self, *args: Any, **kwargs: Any) -> Routing:
+        routing = scope.current(self).routing
+        if routing is None:
+            raise RuntimeError("mixpertize: the projector must run after the vision tower's blocks")
+        return routing
+
+
+def template_of(module: nn.Module, num_experts: int) -> nn.Module:
+    """Return the plain module without values, having seen that it can have experts.
+
+    Raises:
+        ValueError: a leaf can't be cloned; ``module`` is not changed.
+    """
+    template = copy_of(module).to("meta")
+    group_leaves(copy.deepcopy(template), num_experts, lambda module, names: None)
+    return template
+
+
+def give_experts(module: nn.Module, mixin: type, template: nn.Module, num_experts: int) -> None:
+    """Turn ``module``, in place, into E copies of itself behind one routing."""
+    group_leaves(module, num_experts, _loosen)
+    module.mixpert_template = (template,)  # in a tuple, so that it is no submodule
+    module.__class__ = subclass(type(module), mixin)
+    module.mixpert_plan = PreNormPlan.of(module) or MlpPlan.of(module)
+
+
+def take_experts(module: nn.Module, expert: int) -> None:
+    """Undo ``give_experts``, in place, keeping one expert's parameters."""
+    (template,) = module.mixpert_template
+    del module.mixpert_template, module.mixpert_plan
+    for path, plain in list(template.named_modules()):
+        owner = module.get_submodule(path)
+        parameters = dict(owner.named_parameters(recurse=False))
+        if not parameters:
+            continue
+        if type(owner) is not type(plain) and not isinstance(owner, Loose):  # a grouped leaf
+            parent, _, name = path.rpartition(".")
+            training = owner.training
+            owner = copy.deepcopy(plain).train(training)
+            setattr(module.get_submodule(parent), name, owner)
+        for name, parameter in parameters.items():
+            setattr(owner, name, _one(parameter, expert))
+        if isinstance(owner, Loose):
+            del owner.mixpert_loose
+    for owner in module.modules():
+        owner.__class__ = _unwrapped(type(owner))
+
+
+def _one(parameter: Tensor, expert: int) -> nn.Parameter:
+    kept = parameter[expert].detach().clone()
+    return nn.Parameter(kept, requires_grad=parameter.requires_grad)
+
+
+def _loosen(module: nn.Module, names: list[str]) -> None:
+    module.mixpert_loose = tuple(names)
+    module.__class__ = subclass(type(module), Loose)
+
+
+def _unwrapped(cls: type) -> type:
+    while "mixpert_plain" in cls.__dict__:
+        cls = cls.mixpert_plain
+    return cls

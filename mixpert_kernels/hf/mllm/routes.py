@@ -1,0 +1,87 @@
+"""Routes from outside: forced on a model's calls, or collected from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .mixpertize import settings_of
+from .scope import Forced, Record, pushed
+
+Ids = Sequence[int] | Tensor
+
+
+@contextlib.contextmanager
+def forced_routing(
+    model: nn.Module,
+    expert: int | str | Ids | None = None,
+    *,
+    video_expert: int | str | Ids | None = None,
+    image_of_tile: Ids | None = None,
+    base_tile: Ids | None = None,
+) -> Iterator[None]:
+    """Decide, for the calls of ``model`` in this block and thread, routes or which tiles are of one image.
+
+    Args:
+        model: a mixpertized model.
+        expert: of each image, (I,), in the order of the prompts; one for all of them; None: the router decides.
+        video_expert: the same for videos.
+        image_of_tile: (B,) ascending from 0 without gaps: the image each tile is a crop of. None: as the family's
+            inputs tell. For Gemma 3's crops, and for InternVL's and SmolVLM's frames of a video to share a route.
+        base_tile: (I,): the tile that shows the whole image; default the family's own, first or last.
+
+    Raises:
+        ValueError: the model has no experts, or a value is of the wrong type or out of range.
+
+    Example:
+        >>> with forced_routing(model, expert=[0, 2]):  # doctest: +SKIP
+        ...     model.generate(**inputs)
+    """
+    settings = settings_of("forced_routing", model)
+
+    def ids(name: str, given: int | str | Ids | None) -> int | Tensor | None:
+        if isinstance(given, str):
+            names = settings.expert_names or []
+            if given not in names:
+                raise ValueError(f"forced_routing: {name} must be one of {names}, got {given}")
+            return names.index(given)
+        if isinstance(given, int):
+            if not 0 <= given < settings.num_experts:
+                last = settings.num_experts - 1
+                raise ValueError(f"forced_routing: {name} must lie in 0..{last}, got {given}")
+            return given
+        return _tensor(given)
+
+    forced = Forced(
+        ids("expert", expert),
+        ids("video_expert", video_expert),
+        _tensor(image_of_tile),
+        _tensor(base_tile),
+    )
+    with pushed("forced", (model.base_model, forced)):
+        yield
+
+
+@contextlib.contextmanager
+def record_routing(model: nn.Module) -> Iterator[list[Record]]:
+    """Collect the routings of ``model`` in this block and thread: one ``Record`` a call of the vision tower.
+
+    Raises:
+        ValueError: the model has no experts.
+
+    Example:
+        >>> with record_routing(model) as records:  # doctest: +SKIP
+        ...     model.generate(**inputs)
+        >>> records[0].expert, records[0].scores  # doctest: +SKIP
+    """
+    settings_of("record_routing", model)
+    records: list[Record] = []
+    with pushed("records", (model.base_model, records)):
+        yield records
+
+
+def _tensor(given: Ids | None) -> Tensor | None:
+    return given if given is None or isinstance(given, Tensor) else torch.tensor(given)

@@ -1,0 +1,62 @@
+"""Loading: transformers' Auto classes build the mixpertized model where a configuration says it is one.
+
+``AutoModelForImageTextToText`` is told of a subclass of each family's model, under the same name. Where
+``config.mixpert`` is missing it hands over to the plain class, so other checkpoints load as they did.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoModelForImageTextToText
+
+from .blocks import subclass
+from .families import FAMILIES
+from .mixpertize import build
+from .settings import Settings
+
+
+class Loaded(nn.Module):
+    """What the Auto classes make of a configuration: an instance is of the plain class, or a mixpertized model."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.__class__ = type(self).mixpert_plain
+        found = getattr(config, "mixpert", None)
+        if found is not None:
+            build(self, Settings.of(found))
+
+    @classmethod
+    def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a checkpoint; every parameter of a mixpertized model must be in it, and no other.
+
+        Raises:
+            ValueError: a parameter is missing, unexpected or of another shape; the message names it.
+        """
+        config = kwargs.get("config")
+        if config is None:
+            config = cls.config_class.from_pretrained(directory)
+        if getattr(config, "mixpert", None) is None:
+            return cls.mixpert_plain.from_pretrained(directory, *args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        options = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = super().from_pretrained(directory, *args, **options)
+        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info.get(fault):
+                names = ", ".join(sorted(str(key) for key in info[fault])[:3])
+                raise ValueError(
+                    f"from_pretrained: {directory} must hold exactly the mixpertized model's parameters, got "
+                    f"{fault.replace('_', ' ')}: {names}"
+                )
+        return (model, info) if wants_info else model
+
+
+def register() -> None:
+    """Tell ``AutoModelForImageTextToText`` of every family that this version of transformers has."""
+    for family in FAMILIES.values():
+        plain = getattr(transformers, family.model, None)
+        if plain is not None:
+            made = subclass(plain, Loaded)
+            AutoModelForImageTextToText.register(plain.config_class, made, exist_ok=True)

@@ -1,0 +1,185 @@
+"""The vision scope: what is known of the images while a model computes their features, and the one routing of them.
+
+Opened around ``get_image_features`` and ``get_video_features``, or around the vision tower's forward where that is
+called alone. The first expert block that runs in it routes; the blocks after it and the projector use that routing. A
+block passes the routing on to its own forward as an argument, so that a block run again in backward (gradient
+checkpointing) sees the routing it was first run with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixpert_kernels import ops
+from mixpert_kernels.hf.inputs import check_forced, resolve_images
+from mixpert_kernels.routing import Routing
+
+from .boundaries import Images, from_counts
+
+
+@dataclass
+class Forced:
+    """What ``forced_routing`` was given, as CPU or device tensors."""
+
+    expert: int | Tensor | None
+    video_expert: int | Tensor | None
+    image_of_tile: Tensor | None
+    base_tile: Tensor | None
+
+
+@dataclass
+class Record:
+    """The routing of one call of the vision tower.
+
+    Attributes:
+        modality: ``image`` or ``video``.
+        routing: of the tiles (a video's frames are tiles).
+        images: which tiles are of one image.
+    """
+
+    modality: str
+    routing: Routing
+    images: Images
+
+    @property
+    def expert(self) -> Tensor:
+        """The expert of each image, (I,) int64."""
+        tiles, base = self.routing.expert.long(), self.images.base_tile
+        return self._living(tiles if base is None else tiles[base])
+
+    @property
+    def scores(self) -> Tensor:
+        """The router's probabilities for each image, (I, E)."""
+        return self._living(self.routing.scores)
+
+    def _living(self, rows: Tensor) -> Tensor:
+        return rows[: int(self.images.image_of_tile[-1]) + 1] if self.images.padded else rows
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[Scope] = []
+        self.forced: list[tuple[nn.Module, Forced]] = []
+        self.records: list[tuple[nn.Module, list[Record]]] = []
+        self.prompts: list[tuple[nn.Module, Tensor]] = []
+
+
+_state = _State()
+
+
+@dataclass
+class Scope:
+    """One call of a vision tower.
+
+    Attributes:
+        owner: the module that holds the router.
+        modality: ``image`` or ``video``.
+        images: from the first expert block's input x (B, T, D) to the images its tiles are of.
+        base: whether an image's ``first`` or ``last`` tile shows the whole of it, where the caller does not say.
+    """
+
+    owner: nn.Module
+    modality: str
+    images: Callable[[Tensor], Images]
+    base: str
+    routing: Routing | None = field(default=None, init=False)
+
+    def route(self, x: Tensor) -> Routing:
+        """Return the scope's routing, made of trunk features x (B, T, D) by the first to ask."""
+        if self.routing is None:
+            forced = _innermost(_state.forced, self.owner)
+            images = self._images(x, forced)
+            expert = None if forced is None else self._forced(x, forced, images)
+            router, settings = self.owner.mixpert_router, self.owner.mixpert_settings
+            weights = type(router.weights)(
+                *(None if w is None else w.to(x.device) for w in router.weights)
+            )
+            self.routing = ops.route(
+                x,
+                weights,
+                settings.strategy,
+                image_of_tile=images.image_of_tile,
+                base_tile=images.base_tile,
+                expert=expert,
+                eps=router.eps,
+            )
+            for owner, records in _state.records:
+                if owner is self.owner:
+                    records.append(Record(self.modality, self.routing, images))
+        return self.routing
+
+    def _images(self, x: Tensor, forced: Forced | None) -> Images:
+        given = None if forced is None or self.modality == "video" else forced.image_of_tile
+        if given is None:
+            images = self.images(x)
+        else:
+            base = forced.base_tile
+            if base is None and self.base == "last" and given.device.type == "cpu":
+                base = from_counts(given.bincount().tolist(), "last").base_tile
+            images = Images(given, base)
+        if images.padded:  # made on the device, by what can make no others
+            return images._replace(
+                image_of_tile=images.image_of_tile.to(x.device),
+                base_tile=images.base_tile.to(x.device),
+            )
+        return Images(*resolve_images(images.image_of_tile, images.base_tile, len(x), x.device))
+
+    def _forced(self, x: Tensor, forced: Forced, images: Images) -> Tensor | None:
+        expert = forced.video_expert if self.modality == "video" else forced.expert
+        if expert is None:
+            return None
+        rows = len(x) if images.base_tile is None else len(images.base_tile)
+        if isinstance(expert, int):
+            return torch.full((rows,), expert, device=x.device)
+        expert = expert.to(x.device, non_blocking=True)
+        living = rows
+        if images.padded:  # dead images go to expert 0; how many there are is known to a CPU alone
+            on_cpu = x.device.type == "cpu"
+            living = int(images.image_of_tile[-1]) + 1 if on_cpu else len(expert)
+        check_forced(expert, living, self.owner.mixpert_settings.num_experts)
+        return torch.nn.functional.pad(expert, (0, rows - living))
+
+
+def current(module: nn.Module) -> Scope:
+    """Return the open scope.
+
+    Raises:
+        RuntimeError: there is none: ``module`` was called by itself.
+    """
+    if not _state.scopes:
+        raise RuntimeError(
+            f"mixpertize: {type(module).__name__} must be called by get_image_features, get_video_features or the "
+            "vision tower, which route"
+        )
+    return _state.scopes[-1]
+
+
+def is_open() -> bool:
+    return bool(_state.scopes)
+
+
+@contextlib.contextmanager
+def pushed(stack: str, entry: Any) -> Iterator[None]:
+    """Have ``entry`` on top of one of this thread's stacks: ``scopes``, ``forced``, ``records`` or ``prompts``."""
+    entries = getattr(_state, stack)
+    entries.append(entry)
+    try:
+        yield
+    finally:
+        entries.pop()
+
+
+def prompt_of(owner: nn.Module) -> Tensor | None:
+    """The input_ids that ``owner`` is being run with, where it is known."""
+    return _innermost(_state.prompts, owner)
+
+
+def _innermost(stack: list[tuple[nn.Module, Any]], owner: nn.Module) -> Any:
+    return next((entry for module, entry in reversed(stack) if module is owner), None)
