@@ -224,3 +224,27 @@ def test_generate_routes_once(family, options):
     assert torch.equal(got.sequences, wanted)
     assert len(records) == len(got.router) == 1
     assert records[0].expert.shape == (sum(map(len, prompts)),)
+
+
+@families
+@torch.enable_grad()
+def test_an_expert_gets_the_gradients_of_the_plain_model(family):
+    kind = KINDS[family]
+    model = mixed(kind, distinct=True)
+    plain = unmixpertize(copy.deepcopy(model), 1)
+    inputs = kind.call(kind.prompts["batch"])
+    plain(**inputs, labels=inputs["input_ids"]).loss.backward()
+    with forced_routing(model, 1), record_routing(model) as records:
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        (loss - records[0].scores[:, 0].log().mean()).backward()
+    wanted = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    grouped = {id(p) for m in expert_modules(model) for p in m.parameters()}
+    for name, p in model.named_parameters():
+        if "mixpert_router" in name:
+            assert p.grad.abs().max() > 0
+        elif id(p) in grouped:
+            assert not p.grad[[0, 2]].any()
+            torch.testing.assert_close(p.grad[1], wanted[name], rtol=1e-4, atol=1e-6 * largest)
+        elif "language_model" in name or "text_model" in name:
+            torch.testing.assert_close(p.grad, wanted[name], rtol=1e-4, atol=1e-6 * largest)
