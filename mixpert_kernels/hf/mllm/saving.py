@@ -6,14 +6,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from mixpert_kernels.hf.loading import directory_of, one_line
 
 from .blocks import subclass
-from .families import FAMILIES
+from .families import FAMILIES, mllm_of
 from .mixpertize import build
 from .settings import Settings
 
@@ -43,14 +46,40 @@ class Loaded(nn.Module):
         wants_info = kwargs.pop("output_loading_info", False)
         options = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
         model, info = super().from_pretrained(directory, *args, **options)
-        for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(fault):
-                names = ", ".join(sorted(str(key) for key in info[fault])[:3])
-                raise ValueError(
-                    f"from_pretrained: {directory} must hold exactly the mixpertized model's parameters, got "
-                    f"{fault.replace('_', ' ')}: {names}"
-                )
+        _refuse_faults("from_pretrained", directory, "mixpertized model", info)
         return (model, info) if wants_info else model
+
+
+def load_plain(directory: Path) -> PreTrainedModel:
+    """Load a vision-language model to be mixpertized, in the checkpoint's dtype.
+
+    Raises:
+        ValueError: the directory is missing, is no checkpoint of a known family, is a mixpertized model's, or lacks a
+            parameter or has one too many.
+    """
+    caller = "load_plain"
+    directory = directory_of(caller, directory)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with one_line(caller, directory, "a transformers vision-language checkpoint"):
+        config = AutoConfig.from_pretrained(directory, **local)
+        mllm_of(config)
+        if getattr(config, "mixpert", None) is not None:
+            raise ValueError("it is a mixpertized model already")
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            directory, dtype="auto", output_loading_info=True, **local
+        )
+    _refuse_faults(caller, directory, "model", info)
+    return model.eval()
+
+
+def _refuse_faults(caller: str, directory: Any, kind: str, info: dict[str, Any]) -> None:
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(fault):
+            names = ", ".join(sorted(str(key) for key in info[fault])[:3])
+            raise ValueError(
+                f"{caller}: {directory} must hold exactly the {kind}'s parameters, got "
+                f"{fault.replace('_', ' ')}: {names}"
+            )
 
 
 def register() -> None:
