@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .mixpertize import settings_of
 from .scope import Forced, Record, pushed
 
-Ids = Sequence[int] | Tensor
+Ids = Sequence[int | str] | Tensor
 
 
 @contextlib.contextmanager
@@ -20,14 +20,15 @@ def forced_routing(
     expert: int | str | Ids | None = None,
     *,
     video_expert: int | str | Ids | None = None,
-    image_of_tile: Ids | None = None,
-    base_tile: Ids | None = None,
+    image_of_tile: Sequence[int] | Tensor | None = None,
+    base_tile: Sequence[int] | Tensor | None = None,
 ) -> Iterator[None]:
     """Decide, for the calls of ``model`` in this block and thread, routes or which tiles are of one image.
 
     Args:
         model: a mixpertized model.
         expert: of each image, (I,), in the order of the prompts; one for all of them; None: the router decides.
+            Numbers or names of ``expert_names``.
         video_expert: the same for videos.
         image_of_tile: (B,) ascending from 0 without gaps: the image each tile is a crop of. None: as the family's
             inputs tell. For Gemma 3's crops, and for InternVL's and SmolVLM's frames of a video to share a route.
@@ -42,18 +43,23 @@ def forced_routing(
     """
     settings = settings_of("forced_routing", model)
 
-    def ids(name: str, given: int | str | Ids | None) -> int | Tensor | None:
+    def one(name: str, given: int | str) -> int:
         if isinstance(given, str):
             names = settings.expert_names or []
             if given not in names:
                 raise ValueError(f"forced_routing: {name} must be one of {names}, got {given}")
             return names.index(given)
-        if isinstance(given, int):
-            if not 0 <= given < settings.num_experts:
-                last = settings.num_experts - 1
-                raise ValueError(f"forced_routing: {name} must lie in 0..{last}, got {given}")
+        if not 0 <= given < settings.num_experts:
+            last = settings.num_experts - 1
+            raise ValueError(f"forced_routing: {name} must lie in 0..{last}, got {given}")
+        return given
+
+    def ids(name: str, given: int | str | Ids | None) -> int | Tensor | None:
+        if given is None or isinstance(given, Tensor):
             return given
-        return _tensor(given)
+        if isinstance(given, int | str):
+            return one(name, given)
+        return torch.tensor([one(name, entry) for entry in given])
 
     forced = Forced(
         ids("expert", expert),
@@ -83,5 +89,5 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
         yield records
 
 
-def _tensor(given: Ids | None) -> Tensor | None:
+def _tensor(given: Sequence[int] | Tensor | None) -> Tensor | None:
     return given if given is None or isinstance(given, Tensor) else torch.tensor(given)
