@@ -283,7 +283,8 @@ def test_what_is_or_is_not_mixpertized():
 @pytest.mark.parametrize("family", ["llava", "internvl", "llava_next"])
 def test_forced_routes_must_fit(family):
     kind = KINDS[family]
-    model, inputs = mixed(kind), kind.call(kind.prompts["several images"])
+    (counts,) = kind.prompts["several images"]
+    model, inputs, tiles = mixed(kind), kind.call([counts]), sum(counts)
     for routes, match in (
         ([0, 1], "expert must have one entry an image, 3, got 2"),
         ([0, 1, 3], "expert must lie in 0..2, got 3"),
@@ -292,11 +293,16 @@ def test_forced_routes_must_fit(family):
             model(**inputs)
     with pytest.raises(ValueError, match=r"expert must lie in 0..2, got 3"):
         forced_routing(model, 3).__enter__()
-    with (
-        pytest.raises(ValueError, match="image_of_tile must have one entry a tile"),
-        forced_routing(model, image_of_tile=[0, 0]),
+    for images, match in (
+        ([0, 0], "image_of_tile must have one entry a tile"),
+        ([-1] * tiles, "image_of_tile must ascend from 0"),
+        ([0] * (tiles - 1) + [2], "image_of_tile must have no gaps"),
     ):
-        model(**inputs)
+        with (
+            pytest.raises(ValueError, match=f"^mixpertize: {match}"),
+            forced_routing(model, image_of_tile=images),
+        ):
+            model(**inputs)
 
 
 def test_a_projector_called_by_itself_is_an_error():

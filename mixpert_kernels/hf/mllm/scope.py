@@ -95,8 +95,9 @@ class Scope:
         """Return the scope's routing, made of trunk features x (B, T, D) by the first to ask."""
         if self.routing is None:
             forced = _innermost(_state.forced, self.owner)
-            images = self._images(x, forced)
-            expert = None if forced is None else self._forced(x, forced, images)
+            with _named():
+                images = self._images(x, forced)
+                expert = None if forced is None else self._forced(x, forced, images)
             router, settings = self.owner.mixpert_router, self.owner.mixpert_settings
             weights = type(router.weights)(
                 *(None if w is None else w.to(x.device) for w in router.weights)
@@ -117,13 +118,13 @@ class Scope:
 
     def _images(self, x: Tensor, forced: Forced | None) -> Images:
         given = None if forced is None or self.modality == "video" else forced.image_of_tile
-        if given is None:
-            images = self.images(x)
-        else:
-            base = forced.base_tile
-            if base is None and self.base == "last" and given.device.type == "cpu":
-                base = from_counts(given.bincount().tolist(), "last").base_tile
-            images = Images(given, base)
+        if given is not None:
+            images = Images(*resolve_images(given, forced.base_tile, len(x), x.device))
+            if forced.base_tile is None and self.base == "last":
+                last = from_counts(given.bincount().tolist(), "last").base_tile
+                images = images._replace(base_tile=last.to(x.device))
+            return images
+        images = self.images(x)
         if images.padded:  # made on the device, by what can make no others
             return images._replace(
                 image_of_tile=images.image_of_tile.to(x.device),
@@ -145,6 +146,15 @@ class Scope:
             living = int(images.image_of_tile[-1]) + 1 if on_cpu else len(expert)
         check_forced(expert, living, self.owner.mixpert_settings.num_experts)
         return torch.nn.functional.pad(expert, (0, rows - living))
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Errors of checks that are shared with FusedMixpertTower, under this name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("FusedMixpertTower:", "mixpertize:", 1)) from None
 
 
 def current(module: nn.Module) -> Scope:
