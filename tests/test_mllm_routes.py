@@ -254,11 +254,10 @@ def test_bad_arguments_leave_the_model_as_it_was(options, match):
 def test_a_leaf_that_cannot_be_cloned_leaves_the_model_as_it_was():
     model = KINDS["llava"].build()
     model.model.multi_modal_projector.linear_2 = torch.nn.Bilinear(2, 2, 2)
-    names = list(model.state_dict())
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match="cannot clone Bilinear at linear_2"):
         mixpertize(model)
-    assert list(model.state_dict()) == names
-    assert all(p.ndim < 4 for p in model.model.vision_tower.encoder.parameters())
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
 
 
 def test_what_is_or_is_not_mixpertized():
