@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 
@@ -143,6 +144,24 @@ def test_the_callers_images_end_with_the_base_tile_where_the_familys_do():
     with forced_routing(model, image_of_tile=[0, 0, 1, 1]), record_routing(model) as records:
         model(**inputs)
     assert records[0].images.base_tile.tolist() == [1, 3]
+
+
+def test_a_fused_block_with_layer_scales():
+    kind = KINDS["llava"]
+    vision = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 3, "mlp_ratio": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    model = mixed(kind, distinct=True, model=kind.build(vision_config=vision))
+    inputs = kind.call([[1, 1]])
+    with forced_routing(model, [2, 1]):
+        got = projected(model, inputs)
+    for tile, expert in enumerate([2, 1]):
+        alone = unmixpertize(copy.deepcopy(model), expert)
+        assert_close(got[tile], projected(alone, inputs)[tile])
+
+
+def test_the_router_is_of_the_towers_dtype():
+    model = mixpertize(KINDS["llava"].build().to(torch.bfloat16), router_hidden=8)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_names_of_experts():

@@ -83,6 +83,18 @@ def test_shards_and_dtype(tmp_path):
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
+def test_a_plain_checkpoint_loads_as_it_did(tmp_path):
+    """A missing parameter is made up, as transformers does; only mixpertized models are strict."""
+    kind = KINDS["llava"]
+    kind.build().save_pretrained(tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    _without("lm_head")(state)
+    save_file(state, tmp_path / WEIGHTS, {"format": "pt"})
+    model, info = load(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert not hasattr(model.model, "mixpert_router")
+
+
 def test_settings_come_back(tmp_path):
     kind = KINDS["llava"]
     names = ["versatile", "chart", "document"]
