@@ -19,6 +19,7 @@ ARG_BASE = 0x7000_0000_0000
 WINDOW = 0x0001_0000_0000
 GUARD = 1 << 16
 ALIGN = 512
+WIDEST = 16  # bytes of an access
 
 DT = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -103,14 +104,18 @@ def _home(value: Any) -> tuple[int, int]:
 
 
 class Buffer:
-    """A contiguous run of valid global bytes."""
+    """A contiguous run of valid global bytes, lo to hi.
 
-    __slots__ = ("name", "lo", "hi", "raw", "views", "rows", "init", "writer", "readonly")
+    ``raw`` begins at ``base``, a multiple of WIDEST just below lo: so an offset from base is as aligned as its address.
+    """
 
-    def __init__(self, name: str, lo: int, raw: np.ndarray):
+    __slots__ = ("name", "base", "lo", "hi", "raw", "views", "rows", "init", "writer", "readonly")
+
+    def __init__(self, name: str, base: int, raw: np.ndarray, lo: int):
         self.name = name
+        self.base = base
         self.lo = lo
-        self.hi = lo + raw.size
+        self.hi = base + raw.size
         self.raw = raw
         self.views: dict = {}
         self.rows: dict = {}
@@ -149,12 +154,12 @@ class GlobalMemory:
         self._maps: list[tuple[np.ndarray, np.ndarray]] = []
 
     # -- registration
-    def add_at(self, base: int, raw: np.ndarray, name: str) -> Buffer:
-        """Register raw bytes at a fixed address."""
-        buf = Buffer(name, base, raw)
-        at = bisect_right(self._bases, base)
+    def add_at(self, base: int, raw: np.ndarray, name: str, lo: Optional[int] = None) -> Buffer:
+        """Register raw bytes at a fixed address, valid from lo on."""
+        buf = Buffer(name, base, raw, base if lo is None else lo)
+        at = bisect_right(self._bases, buf.lo)
         self.buffers.insert(at, buf)
-        self._bases.insert(at, base)
+        self._bases.insert(at, buf.lo)
         return buf
 
     def register_all(self, entries: list[tuple[str, Any, Any]]) -> list[int]:
@@ -197,19 +202,20 @@ class GlobalMemory:
 
     def _add_run(self, run: list, end: int) -> None:
         lo, host = run[0][0], run[0][5]
-        size = end - lo
+        base = lo - lo % WIDEST  # no lower than the allocation, which begins at a multiple
+        size = end - base
         raw = run[0][2]
         if raw.size < size:
-            raw = _host_bytes(host, size)
+            raw = _host_bytes(host - (lo - base), size)
         names = []
         for item in run:
             if item[3] not in names:
                 names.append(item[3])
-        buf = self.add_at(lo, raw, "/".join(names))
+        buf = self.add_at(base, raw, "/".join(names), lo)
         if any(item[4] is not False for item in run):
             buf.init = np.ones(size, np.uint8)
             for item in run:
-                a, b = item[0] - lo, item[1] - lo
+                a, b = item[0] - base, item[1] - base
                 if item[4] is True:
                     buf.init[a:b] = 0
                     raw[a:b] = 0xFF
@@ -237,12 +243,12 @@ class GlobalMemory:
         best, text = None, "no buffer is registered"
         for buf in self.buffers:
             if buf.lo <= addr < buf.hi:
-                return f"inside {buf.name} at byte {addr - buf.lo} of {buf.raw.size}"
+                return f"inside {buf.name} at byte {addr - buf.lo} of {buf.hi - buf.lo}"
             gap = buf.lo - addr if addr < buf.lo else addr - buf.hi
             if best is None or gap < best:
                 best = gap
                 side = (f"{gap} bytes before" if addr < buf.lo else f"{gap} bytes past the end of")
-                text = f"{side} {buf.name} ({buf.raw.size} bytes at {buf.lo:#x})"
+                text = f"{side} {buf.name} ({buf.hi - buf.lo} bytes at {buf.lo:#x})"
         return text
 
     def region(self, addr: np.ndarray, size: int) -> Optional[tuple[Buffer, np.ndarray]]:
@@ -250,10 +256,12 @@ class GlobalMemory:
         buf = self.find(int(addr[0]))
         if buf is None:
             return None
-        rel = addr - np.uint64(buf.lo)
-        limit = buf.hi - buf.lo - size
+        rel = addr - np.uint64(buf.base)
+        limit = buf.hi - buf.base - size
         bits = int(np.bitwise_or.reduce(rel))
         if bits > limit and int(rel.max()) > limit:
+            return None
+        if buf.lo > buf.base and int(addr.min()) < buf.lo:
             return None
         if bits & (size - 1):
             return None
@@ -281,7 +289,7 @@ class GlobalMemory:
         for index in np.unique(slot):
             lanes = np.flatnonzero(slot == index)
             buf = self.buffers[int(index)]
-            out.append((buf, (addr[lanes] - np.uint64(buf.lo)).view(np.int64), lanes))
+            out.append((buf, (addr[lanes] - np.uint64(buf.base)).view(np.int64), lanes))
         return out
 
     def bytes_at(self, addr: int, size: int, what: str = "access") -> np.ndarray:
@@ -289,7 +297,7 @@ class GlobalMemory:
         buf = self.find(addr)
         if buf is None or addr + size > buf.hi:
             raise MemoryFault(f"{what}: out-of-bounds global access of {size} bytes at {addr:#x}, {self.describe(addr)}")
-        return buf.raw[addr - buf.lo: addr - buf.lo + size]
+        return buf.raw[addr - buf.base: addr - buf.base + size]
 
 
 class SharedMemory:
