@@ -111,7 +111,12 @@ NO_PRODUCT |= dict.fromkeys(
 def objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with an object; reading it gives two rows."""
     (tmp_path / "x_cu.o").touch()
-    monkeypatch.setattr(_resources, "rows", lambda files: [CUDA_ROW, NO_PRODUCT])
+    made = [CUDA_ROW, NO_PRODUCT]
+    monkeypatch.setattr(
+        _resources,
+        "rows",
+        lambda files, chips: [row for row in made if not chips or row["chip"] in chips],
+    )
     return tmp_path
 
 
@@ -128,7 +133,7 @@ def test_cuda_rows_are_of_the_objects(objects, capsys):
     for more, expected in (
         (["--chip", "sm_90"], [CUDA_ROW]),
         (["--kernel", "route_bf16"], [NO_PRODUCT]),
-        (["--chip", "sm_90", "--kernel", "route_bf16"], []),
+        (["--chip", "sm_80", "--chip", "sm_90", "--kernel", "route_bf16"], [NO_PRODUCT]),
     ):
         assert cli.main([*argv, *more, "--json"]) == 0
         assert json.loads(capsys.readouterr().out) == expected

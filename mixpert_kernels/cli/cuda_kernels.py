@@ -56,17 +56,13 @@ def collect(
     """
     from mixpert_kernels.backends.cuda import _resources
 
-    rows = _resources.rows(_files(objects))
+    wanted = {"sm_90a" if chip == "sm_90" else chip for chip in chips} if chips else None
+    rows = _resources.rows(_files(objects), wanted)
     known = sorted({row["kernel"] for row in rows})
     for kernel in kernels or ():
         if kernel not in known:
             raise ValueError(f"kernels: kernel must be one of {', '.join(known)}, got {kernel}")
-    return [
-        row
-        for row in rows
-        if (not kernels or row["kernel"] in kernels)
-        and (not chips or row["chip"].rstrip("a") in chips)
-    ]
+    return [row for row in rows if not kernels or row["kernel"] in kernels]
 
 
 def _files(objects: Path | None) -> list[Path]:

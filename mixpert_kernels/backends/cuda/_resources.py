@@ -9,12 +9,12 @@ import shutil
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixpert_kernels.backends import chips
+from mixpert_kernels.backends.chips import KB, blocks_a_multiprocessor
 
 from . import _sass
 from ._launch import Facts, parse
@@ -26,11 +26,12 @@ COUNTS = ("mma", "ldmatrix", "cp_async", "other")
 USAGE = re.compile(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
-def rows(files: Iterable[Path]) -> list[dict[str, Any]]:
+def rows(files: Iterable[Path], chips: Container[str] | None = None) -> list[dict[str, Any]]:
     """A row for each kernel and chip that the objects, libraries or cubins hold code for.
 
     Args:
         files: paths; files without code for a GPU give no row.
+        chips: only these, such as ``sm_90a``.
 
     Returns:
         Dicts with ``kernel``, ``chip``; ``registers``, ``stack_bytes`` and ``local_bytes`` of a thread;
@@ -46,6 +47,8 @@ def rows(files: Iterable[Path]) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         places = [(path.resolve(), Path(folder) / str(i)) for i, path in enumerate(files)]
         cubins = [c for part in pool.map(lambda p: _extract(tool, *p), places) for c in part]
+        if chips is not None:  # cuobjdump names them library.1.sm_80.cubin
+            cubins = [c for c in cubins if c.stem.rpartition(".")[2] in chips]
         found = [
             row for part in pool.map(lambda c: list(_of_cubin(tool, c)), cubins) for row in part
         ]
@@ -102,7 +105,7 @@ def _of_cubin(tool: str, cubin: Path) -> Iterator[dict[str, Any]]:
     for kernel, (constants, _, _) in described.items():
         registers, stack, shared, local = usage[kernel]
         if arch >= 90:
-            shared = max(0, shared - chips.KB)  # where there is any, what CUDA keeps is counted in
+            shared = max(0, shared - KB)  # where there is any, what CUDA keeps is counted in
         shared += constants["shared_bytes"]
         warps = constants["threads"] // 32
         area = _tile(constants)
@@ -116,9 +119,7 @@ def _of_cubin(tool: str, cubin: Path) -> Iterator[dict[str, Any]]:
             "local_bytes": local,
             "spill_instructions": _sass.spills(code[kernel]),
             "shared_bytes": shared,
-            "blocks_per_multiprocessor": chips.blocks_a_multiprocessor(
-                arch, registers, shared, warps
-            ),
+            "blocks_per_multiprocessor": blocks_a_multiprocessor(arch, registers, shared, warps),
             "matrix_instruction": loop and loop.product,
             "operands": (loop and loop.operands) or None,
             **{key: loop and getattr(loop, key) for key in COUNTS},
