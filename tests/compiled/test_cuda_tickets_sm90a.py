@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from mixpert_kernels.testing import assert_as_accurate
 
 from . import test_cuda_tickets as tickets
-from ._emulate_cuda import emulated
+from ._emulate_cuda import emulated, modules, ptx
 from ._worker import full
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,3 +76,29 @@ def test_any_schedule(interleave, first, routes):
         with emulated(**WGMMA, **tickets.HOSTILE, **options):
             got = run(p)
         assert torch.equal(got[0], wanted[0]), f"y differs with {options}"
+
+
+EVENTS = {
+    "wait": r"cp\.async\.wait_group",
+    "fence": r"fence\.proxy\.async\.shared::cta",
+    "barrier": r"\bbar(rier)?\.(cta\.)?sync",
+    "multiply": r"wgmma\.fence",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["norm_grouped_linear", "route_grouped_linear"])
+def test_a_fence_stands_between_copies_and_wgmma(op, dtype):
+    """A thread waits for its copies, shows them to wgmma and meets the others: what no emulator of one memory sees."""
+    kernel = f"{op}_{dtype}_wgmma"
+    body = re.search(rf"\.entry {kernel}\(.*", ptx(modules(90)[kernel], 90), re.DOTALL)[0]
+    lines = body.splitlines()
+    found = [name for line in lines for name, p in EVENTS.items() if re.search(p, line)]
+    products = [i for i, name in enumerate(found) if name == "multiply"]
+    assert products, "it does not multiply"
+    for i in products:
+        assert found[i - 3 : i] == ["wait", "fence", "barrier"], found[: i + 1]
+    order = tickets.in_order(body)
+    for i in (i for i, event in enumerate(order) if event == "release"):
+        assert [e for e in order[:i] if e != "acquire"][-1] == "barrier", (i, order)
+    assert ".nc" not in body and "cp.async.bulk" not in body, "not by plain loads or cp.async"
