@@ -61,7 +61,7 @@ def test_more_blocks_than_pay_take_the_separate_launches():
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(f, marks=full) for f in range(4, 24, 4))])
 @pytest.mark.parametrize("interleave", ["random", pytest.param("warp", marks=full)])
-@pytest.mark.parametrize("routes", [True, False], ids=["route", "norm"])
+@pytest.mark.parametrize("routes", [True, pytest.param(False, marks=full)], ids=["route", "norm"])
 def test_any_schedule(interleave, first, routes):
     p = tickets.problem(torch.bfloat16, tokens=70, depth=136, width=40)
     p["x"], p["images"] = p["x"][:2], (torch.tensor([0, 0]), torch.tensor([1]), None)
