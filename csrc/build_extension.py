@@ -164,9 +164,16 @@ def describe(toolchain: Toolchain) -> dict[str, object]:
     compiler = _output([*toolchain.cxx, "--version"]).splitlines()
     return {
         "archs": toolchain.archs,
+        "left_out": left_out(toolchain.archs),
         "nvcc": version.group(1) if version else None,
         "compiler": compiler[0] if compiler else None,
     }
+
+
+def left_out(archs: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the architectures that ``all`` would add."""
+    held = {arch.removesuffix("+PTX") for arch in archs}
+    return tuple(arch for arch in ALL_ARCHS if arch.removesuffix("+PTX") not in held)
 
 
 def compile_extension(toolchain: Toolchain, folder: Path) -> Path:

@@ -19,6 +19,7 @@ class BuildInfo:
     Attributes:
         extension: True where ``mixpert_kernels._C`` was compiled.
         archs: The GPU architectures it holds code for, such as ``("80", "80+PTX")``.
+        left_out: Those that ``MIXPERT_CUDA_ARCHS=all`` would add.
         nvcc: The compiler's version, such as ``"13.0.88"``.
         compiler: The first line of the C++ compiler's ``--version``.
         reason: Why there is no extension; None where there is one.
@@ -27,6 +28,7 @@ class BuildInfo:
 
     extension: bool
     archs: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     nvcc: str | None = None
     compiler: str | None = None
     reason: str | None = None
@@ -59,6 +61,7 @@ def build_info(path: Path = BUILD_FILE) -> BuildInfo:
         return BuildInfo(
             extension=extension,
             archs=tuple(record.get("archs") or ()),
+            left_out=tuple(record.get("left_out") or ()),
             nvcc=record.get("nvcc"),
             compiler=record.get("compiler"),
             reason=None if extension else record.get("reason") or "the build gave no reason",

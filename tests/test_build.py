@@ -155,6 +155,13 @@ def test_archs(tree: Tree, smi: str, wanted: str | None, expected: list[str]) ->
     tree.command("nvidia-smi", smi)
     tree.build(**({"MIXPERT_CUDA_ARCHS": wanted} if wanted else {}))
     assert list(tree.info().archs) == expected
+    held = {arch.removesuffix("+PTX") for arch in expected}
+    assert {arch.removesuffix("+PTX") for arch in tree.info().left_out} == {
+        "80",
+        "90a",
+        "100",
+        "120",
+    } - held
 
 
 @needs_nvcc

@@ -214,6 +214,22 @@ def test_info_prints_all_of_it(capsys):
         assert word in text
 
 
+def test_info_says_which_architectures_are_left_out():
+    from mixpert_kernels.cli.info import _extension_lines
+
+    cuda = {"runtime": "13.0", "driver": None, "devices": [], "error": "no driver"}
+    facts = {
+        "extension": True,
+        "archs": ["80+PTX"],
+        "nvcc": "13.0",
+        "compiler": "c++",
+        "cuda": cuda,
+    }
+    lines = _extension_lines({**facts, "left_out": ["90a", "100"]})
+    assert lines[1].startswith("MIXPERT_CUDA_ARCHS=all") and "90a, 100 (with kernels" in lines[1]
+    assert not any("=all" in line for line in _extension_lines({**facts, "left_out": []}))
+
+
 def wrong_calls(root: Path) -> dict[str, tuple[list[object], int, str]]:
     tower, siglip, picture = root / "tower", root / "siglip", root / "data" / "photo" / "0.png"
     out = ["--out", root / "unused"]

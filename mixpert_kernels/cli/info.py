@@ -194,12 +194,22 @@ def _measurements(device: str) -> dict[str, Any]:
     return {"stored": state, "file": str(known.path) if known.path else None}
 
 
+def _left_out(archs: list[str]) -> list[str]:
+    if not archs:
+        return []
+    added = ", ".join(archs) + (
+        " (with kernels of its own: wgmma and TMA)" if "90a" in archs else ""
+    )
+    return [f"MIXPERT_CUDA_ARCHS=all, before `pip install`, would add {added}"]
+
+
 def _extension_lines(extension: dict[str, Any]) -> list[str]:
     if not extension["extension"]:
         return [f"none: {extension['reason']}", *extension["log_tail"].splitlines()]
     cuda = extension["cuda"]
     lines = [
         f"architectures {', '.join(extension['archs']) or 'none'}",
+        *_left_out(extension["left_out"]),
         f"nvcc {extension['nvcc']}, {extension['compiler']}",
         f"CUDA runtime {cuda['runtime']}, driver {cuda['driver'] or 'none'}",
     ]
