@@ -7,8 +7,7 @@ import itertools
 import pytest
 import torch
 
-from mixpert_kernels.backends.cuda._grouped_linear_backward import grouped_linear_backward
-from mixpert_kernels.backends.cuda._grouped_mlp_backward import grouped_mlp_backward
+from mixpert_kernels.backends.cuda._backward import grouped_linear_backward, grouped_mlp_backward
 from mixpert_kernels.backends.cuda._reduce import backward_parts, sums_by_expert
 from mixpert_kernels.backends.reference import grouped_linear as reference
 from mixpert_kernels.backends.reference import grouped_mlp as reference_mlp

@@ -63,17 +63,6 @@ def backward_parts(
     return dy if dz is None else dz, parts
 
 
-def sum_by_expert(
-    partial: Tensor,  # (B, S, C) float32
-    order: Tensor,  # (B,) int32
-    offsets: Tensor,  # (E + 1,) int32
-    num_experts: int,
-    dtype: torch.dtype,
-) -> Tensor:  # (E, C)
-    """Sum over S and the tiles of each expert, in order; exact zeros for an expert without a tile."""
-    return sums_by_expert(partial, [partial.shape[2]], order, offsets, num_experts, dtype)[0]
-
-
 def sums_by_expert(
     partial: Tensor,  # (B, S, C) float32, C = sum of widths
     widths: list[int],
@@ -82,7 +71,10 @@ def sums_by_expert(
     num_experts: int,
     dtype: torch.dtype,
 ) -> list[Tensor]:  # each (E, widths[i])
-    """The same as one tensor for each of ``widths``; one launch for up to three."""
+    """Sums over S and the tiles of each expert, in order, a tensor for each of ``widths``; a launch for up to three.
+
+    Exact zeros for an expert without a tile.
+    """
     kernel = f"sum_by_expert_{_configs.SUFFIX[dtype]}"
     columns = _launch.kernels()[kernel].constants["columns"]
     outs = [partial.new_empty(num_experts, width, dtype=dtype) for width in widths]

@@ -9,7 +9,7 @@ from mixpert_kernels.backends.reference.activations import ACTIVATIONS
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
 
 from . import _configs, _launch, _wgmma
-from ._grouped_linear_backward import grouped_linear_backward
+from ._backward import grouped_linear_backward
 from ._operands import ALIGNMENT, aligned, alike, cdiv, named, padded, strides
 
 __all__ = ["grouped_linear", "grouped_linear_backward"]

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
 
 from . import _configs, _launch
+from ._backward import grouped_linear_backward
 from ._gemm import (
     alike,
     describable,
@@ -22,7 +23,6 @@ from ._gemm import (
     product_tma,
     rows_dense,
 )
-from ._grouped_linear_backward import grouped_linear_backward
 
 __all__ = ["grouped_linear", "grouped_linear_backward"]
 
