@@ -13,6 +13,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -83,7 +84,10 @@ def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("kernels: triton is not installed")
     chips = tuple(dict.fromkeys(args.chip or CHIPS))
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _prepare) as pool:
+    with (
+        _environment(TRITON_INTERPRET="0", OMP_NUM_THREADS="1"),
+        ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), _prepare) as pool,
+    ):
         rows = [] if args.segment else collect(pool, chips, args.kernel, args.defaults)
         segment = [row for part in pool.map(_segment, chips) for row in part]
     if args.write:
@@ -136,9 +140,25 @@ def collect(
     return [task.result() for task in tqdm(tasks, desc="compiling", leave=False, delay=1)]
 
 
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set variables for the processes started within.
+
+    They are read when Triton and OpenMP are imported, which may be as early as a process looks for ``_prepare``.
+    """
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def _prepare() -> None:
-    os.environ["TRITON_INTERPRET"] = "0"  # read when a kernel is defined, so before any is
-    os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
 
 
