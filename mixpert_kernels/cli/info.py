@@ -209,8 +209,8 @@ def _extension_lines(extension: dict[str, Any]) -> list[str]:
     cuda = extension["cuda"]
     lines = [
         f"architectures {', '.join(extension['archs']) or 'none'}",
-        *_left_out(extension["left_out"]),
         f"nvcc {extension['nvcc']}, {extension['compiler']}",
+        *_left_out(extension["left_out"]),
         f"CUDA runtime {cuda['runtime']}, driver {cuda['driver'] or 'none'}",
     ]
     lines += [f"runs {gpu['code']} on {gpu['name']}" for gpu in cuda["devices"]]
