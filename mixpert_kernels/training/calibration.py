@@ -82,7 +82,7 @@ def calibrate(
     if not 0 <= max_errors <= 1:
         raise ValueError(f"calibrate: max_errors must lie in [0, 1], got {max_errors}")
     features, labels = _features(tower, data, labels, progress)
-    check_labels("calibrate", features, labels, tower)
+    check_labels("calibrate", features, labels, tower.router)
     with torch.no_grad():
         scores = tower.router(features.float()).softmax(-1)
     curve = [_point(scores, labels, strategy, i / (POINTS - 1)) for i in range(POINTS)]

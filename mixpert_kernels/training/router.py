@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mixpert_kernels.modules import Router
+
 
 def fit_router(
     tower: nn.Module,
@@ -21,14 +23,15 @@ def fit_router(
     seed: int = 0,
     progress: bool = False,
 ) -> float:
-    """Train ``tower.router`` to send each image to the expert of its domain.
+    """Train the router to send each image to the expert of its domain.
 
-    Full-batch AdamW on the cross-entropy of ``tower.router(features)``; nothing else is trained or kept. The paper
-    trains the router last, alone, on domain labels; the optimiser's settings here are ours.
+    Full-batch AdamW on the cross-entropy of the router's logits; nothing else is trained or kept. The paper trains the
+    router last, alone, on domain labels; the optimiser's settings here are ours.
 
     Args:
-        tower: a FusedMixpertTower.
-        features: (N, D) float32, from ``tower.router_features``.
+        tower: a FusedMixpertTower, or a vision-language model with experts (``mixpertize``).
+        features: (N, D) float32, from ``tower.router_features(...)``, or ``router_features(model, ...)`` of
+            ``mixpert_kernels.hf.mllm``.
         labels: (N,) integers, 0 <= label < E: the expert of each image's domain.
         steps: of the optimiser.
         lr: its learning rate.
@@ -40,11 +43,12 @@ def fit_router(
         Accuracy of the best expert on the training features, 0..1.
 
     Raises:
-        ValueError: features of another width or not finite, labels that differ from them in number or are out of
-            range.
+        ValueError: a model without a router, features of another width or not finite, labels that differ from them in
+            number or are out of range.
     """
-    check_labels("fit_router", features, labels, tower)
-    router = copy.deepcopy(tower.router).float().requires_grad_()  # float16 has no room for AdamW
+    trained = router_of("fit_router", tower)
+    check_labels("fit_router", features, labels, trained)
+    router = copy.deepcopy(trained).float().requires_grad_()  # float16 has no room for AdamW
     devices = [features.device] if features.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -57,14 +61,25 @@ def fit_router(
         with torch.enable_grad():
             F.cross_entropy(router(features), labels).backward()
         optimizer.step()
-    tower.router.load_state_dict(router.state_dict())
+    trained.load_state_dict(router.state_dict())
     with torch.no_grad():
-        return float((tower.router(features).argmax(-1) == labels).float().mean())
+        return float((trained(features).argmax(-1) == labels).float().mean())
 
 
-def check_labels(caller: str, features: Tensor, labels: Tensor, tower: nn.Module) -> None:
+def router_of(caller: str, model: nn.Module) -> Router:
+    """The router of a FusedMixpertTower or of a mixpertized model; ValueError for any other."""
+    owner = getattr(model, "base_model", model)
+    router = getattr(owner, "mixpert_router", getattr(model, "router", None))
+    if not isinstance(router, Router):
+        raise ValueError(
+            f"{caller}: tower must be a FusedMixpertTower or a mixpertized model, got a plain {type(model).__name__}"
+        )
+    return router
+
+
+def check_labels(caller: str, features: Tensor, labels: Tensor, router: Router) -> None:
     """Raise ValueError unless each of the features (N, D) is finite and has a label (N,) below E."""
-    width, num_experts = tower.config.vision_config.hidden_size, tower.config.num_experts
+    width, num_experts = router.norm.weight.shape[0], router.out.weight.shape[0]
     if features.ndim != 2 or not len(features) or features.shape[1] != width:
         raise ValueError(
             f"{caller}: features must have shape (N, {width}), got {tuple(features.shape)}"
