@@ -12,7 +12,7 @@ from _mllms import EXPERTS, KINDS
 from safetensors.torch import load_file, save_file
 from test_mllm_parity import mixed
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText
 
 from mixpert_kernels.hf.mllm import mixpertize, record_routing, unmixpertize
 
@@ -59,16 +59,21 @@ def test_original_to_mixpertized_to_disk_and_back(family, tied, tmp_path):
     assert len(records) == 1
     saved = json.loads((tmp_path / "mixed" / "config.json").read_text())
     assert saved.pop("mixpert")["num_experts"] == EXPERTS
+    places = saved.pop("auto_map").values()
+    assert set(places) == {f"modeling_mixpert.{type(original).__name__}"}
     assert saved == plain
 
 
 @families
 def test_the_plain_model_of_an_expert_is_saved_as_one(family, tmp_path):
     kind = KINDS[family]
-    model = unmixpertize(mixed(kind, distinct=True), 1)
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    assert same_state(again, model) and not hasattr(again.config, "mixpert")
+    mixed(kind, distinct=True).save_pretrained(tmp_path / "mixed")
+    model, path = unmixpertize(load(tmp_path / "mixed"), 1), tmp_path / "plain"
+    model.save_pretrained(path)
+    again = type(model).from_pretrained(path)
+    assert same_state(again, model)
+    assert not {"mixpert", "auto_map"} & json.loads((path / "config.json").read_text()).keys()
+    assert not list(path.glob("*.py"))
 
 
 def test_shards_and_dtype(tmp_path):
@@ -81,6 +86,30 @@ def test_shards_and_dtype(tmp_path):
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     wide = load(tmp_path, dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
+
+
+def test_the_model_without_a_head(tmp_path):
+    """What AutoModel makes of a family, saved and loaded by it."""
+    model = mixed(KINDS["llava"], distinct=True).model
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    assert type(again) is type(model) and same_state(again, model)
+    places = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert places == {"AutoModel": "modeling_mixpert.LlavaModel"}
+
+
+def test_code_of_others_in_auto_map_is_kept(tmp_path):
+    model = mixed(KINDS["llava"])
+    theirs = {"AutoProcessor": "processing.Theirs"}
+    model.config.auto_map = dict(theirs)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"].items() > theirs.items()
+    assert unmixpertize(load(tmp_path)).config.auto_map == theirs
+
+
+def test_only_the_main_process_writes(tmp_path):
+    mixed(KINDS["llava"]).save_pretrained(tmp_path / "no", is_main_process=False)
+    assert not list((tmp_path / "no").glob("*"))
 
 
 def test_a_plain_checkpoint_loads_as_it_did(tmp_path):
@@ -152,8 +181,16 @@ def test_another_number_of_experts_is_an_error(tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["mixpert"]["num_experts"] = 2
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"got mismatched keys: .*mixpert_router"):
+    with pytest.raises(ValueError, match=r"as many experts as the weights, 3, got num_experts 2$"):
         load(path)
+
+
+def test_another_shape_is_an_error(tmp_path):
+    wide = {"model.multi_modal_projector.linear_2.bias": torch.ones(EXPERTS, 17)}
+    with pytest.raises(
+        ValueError, match=r"mismatched keys: \S*linear_2.bias \[3, 17\] for \[3, 16\]$"
+    ):
+        load(faulty(tmp_path, lambda state: state.update(wide)))
 
 
 @pytest.mark.parametrize("found", [3, {"experts": 3}])

@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from mixpert_kernels.modules import Router
 
-from . import blocks, scope
+from . import blocks, log, scope, shim
 from .boundaries import Images
 from .families import Mllm, blocks_of, feature_layers, mllm_of, to_host
 from .settings import CALL, Settings
@@ -122,6 +122,7 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     for module in (tower, owner, model):
         module.__class__ = blocks.plain_class(module)
     del model.config.mixpert
+    shim.forget(model.config)
     return model
 
 
@@ -155,7 +156,7 @@ def _tower_class(plain: type) -> type:
 def _owner_class(plain: type, family: Mllm) -> type:
     """The mixin of the module that has the tower: opens the scope, and knows the prompt it is run with."""
 
-    class Owner(nn.Module):
+    class Owner(shim.Saved):
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             prompt = args[0] if args else kwargs.get("input_ids")
@@ -194,7 +195,7 @@ def _in_scope(features: Callable, modality: str, family: Mllm) -> Callable:
 def _head_class(plain: type) -> type:
     """The mixin of the model that generates: the features that it encodes beforehand are of this prompt."""
 
-    class Head(nn.Module):
+    class Head(shim.Saved):
         def _maybe_prepare_encoder_kwargs_for_generation(
             self, inputs_tensor: torch.Tensor, model_kwargs: dict, *args: Any, **kwargs: Any
         ) -> dict:
@@ -209,6 +210,7 @@ def _head_class(plain: type) -> type:
             records: list[scope.Record] = []
             with scope.pushed("records", (self.base_model, records)):
                 output = plain.generate(self, *args, **kwargs)
+            log.routes(records, self.base_model.mixpert_settings)
             if isinstance(output, ModelOutput):
                 output.router = records
             return output

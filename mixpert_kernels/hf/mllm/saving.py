@@ -1,7 +1,8 @@
 """Loading: transformers' Auto classes build the mixpertized model where a configuration says it is one.
 
-``AutoModelForImageTextToText`` is told of a subclass of each family's model, under the same name. Where
-``config.mixpert`` is missing it hands over to the plain class, so other checkpoints load as they did.
+They are told of a subclass of each family's model, under the same name: by importing this package, or by the shim in
+the checkpoint's directory. Where ``config.mixpert`` is missing it hands over to the plain class, so other checkpoints
+load as they did.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .blocks import subclass
 from .families import FAMILIES, mllm_of
 from .mixpertize import build
 from .settings import Settings
+from .shim import AUTO_CLASSES
 
 
 class Loaded(nn.Module):
@@ -73,19 +75,40 @@ def load_plain(directory: Path) -> PreTrainedModel:
 
 
 def _refuse_faults(caller: str, directory: Any, kind: str, info: dict[str, Any]) -> None:
-    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(fault):
-            names = ", ".join(sorted(str(key) for key in info[fault])[:3])
+    mismatched = {
+        name: (list(saved), list(built)) for name, saved, built in info["mismatched_keys"]
+    }
+    for name, (saved, built) in mismatched.items():
+        if name.endswith("mixpert_router.out.bias"):  # (E,)
             raise ValueError(
-                f"{caller}: {directory} must hold exactly the {kind}'s parameters, got "
-                f"{fault.replace('_', ' ')}: {names}"
+                f"{caller}: config.mixpert of {directory} must have as many experts as the weights, {saved[0]}, got "
+                f"num_experts {built[0]}"
+            )
+    shapes = [f"{name} {saved} for {built}" for name, (saved, built) in mismatched.items()]
+    for fault, found in (
+        ("missing keys", info["missing_keys"]),
+        ("unexpected keys", info["unexpected_keys"]),
+        ("mismatched keys", shapes),
+    ):
+        if found:
+            raise ValueError(
+                f"{caller}: {directory} must hold exactly the {kind}'s parameters, got {fault}: "
+                f"{', '.join(sorted(found)[:3])}"
             )
 
 
+def loaded_class(name: str) -> type:
+    """The class by which a model whose class in transformers is ``name`` is loaded."""
+    return subclass(getattr(transformers, name), Loaded)
+
+
 def register() -> None:
-    """Tell ``AutoModelForImageTextToText`` of every family that this version of transformers has."""
+    """Tell the Auto classes of every family that this version of transformers has."""
     for family in FAMILIES.values():
-        plain = getattr(transformers, family.model, None)
-        if plain is not None:
-            made = subclass(plain, Loaded)
-            AutoModelForImageTextToText.register(plain.config_class, made, exist_ok=True)
+        if not hasattr(transformers, family.model):
+            continue
+        base = family.model.replace("ForConditionalGeneration", "Model")
+        for auto, name in {**dict.fromkeys(AUTO_CLASSES, family.model), "AutoModel": base}.items():
+            if hasattr(transformers, auto):
+                made = loaded_class(name)
+                getattr(transformers, auto).register(made.config_class, made, exist_ok=True)
