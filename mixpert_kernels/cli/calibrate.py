@@ -47,14 +47,14 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     import torch
 
+    from mixpert_kernels.hf.expert_names import names_of
     from mixpert_kernels.hf.loading import load_preprocessing, load_tower, quiet
     from mixpert_kernels.training.curve import draw_curve
 
     with quiet():
         tower = load_tower(args.checkpoint)
         preprocess = load_preprocessing(args.checkpoint, tower.config.vision_config)
-        experts = tower.config.num_experts
-        names = tower.config.expert_names or [f"expert {k}" for k in range(experts)]
+        names = names_of(tower.config)
         files, labels = labelled_files(args.data, names)
         features = _features(tower, preprocess, files)
         result = tower.calibrate(features, torch.tensor(labels), max_errors=args.max_errors)

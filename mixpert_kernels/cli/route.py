@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,26 @@ BATCH = 8
 
 def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
-    parser = subparsers.add_parser("route", help="the expert and the scores of each image")
+    parser = subparsers.add_parser(
+        "route",
+        help="the expert and the scores of each image",
+        description="Print the expert and the scores of each image, by a saved tower or a vision-language model "
+        "with experts, of which only the vision side is loaded.",
+        usage="mixpert route [-h] [--json] (DIR | --model DIR) IMAGES [IMAGES ...]",
+    )
     parser.add_argument(
-        "checkpoint", type=Path, metavar="DIR_OR_CHECKPOINT", help="a saved tower, or a file in it"
+        "checkpoint",
+        type=Path,
+        nargs="?",
+        metavar="DIR",
+        help="a saved tower or model, or a file in it",
     )
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGES", help="image files, or folders of them"
     )
+    parser.add_argument("--model", type=Path, metavar="DIR", help="the same as DIR in front")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, fail=parser.error)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,11 +44,16 @@ def run(args: argparse.Namespace) -> None:
     from mixpert_kernels.demo.images import image_files
     from mixpert_kernels.hf.loading import quiet
 
-    paths = [p for path in args.images for p in (image_files(path) if path.is_dir() else [path])]
+    checkpoint, images = args.model or args.checkpoint, args.images
+    if checkpoint is None:
+        args.fail("the following arguments are required: IMAGES")
+    if args.model and args.checkpoint:
+        images = [args.checkpoint, *images]
+    paths = [p for path in images for p in (image_files(path) if path.is_dir() else [path])]
     with quiet():
-        names, rows = route_files(args.checkpoint, paths)
+        names, rows = route_files(checkpoint, paths)
     if args.json:
-        report = {"checkpoint": str(args.checkpoint), "experts": names, "images": rows}
+        report = {"checkpoint": str(checkpoint), "experts": names, "images": rows}
         print(json.dumps(report, indent=2))
         return
     table = [["image", "expert", *names]]
@@ -49,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def route_files(checkpoint: Path, paths: Sequence[Path]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Route image files through a saved tower.
+    """Route image files through a saved tower, or through the vision side of a model with experts.
 
     Args:
         checkpoint: its directory, or a file in it.
@@ -59,34 +75,67 @@ def route_files(checkpoint: Path, paths: Sequence[Path]) -> tuple[list[str], lis
         The experts' names, and for each image its path, expert, the expert's name, and the scores.
 
     Raises:
-        ValueError: the tower or an image cannot be read.
+        ValueError: the model or an image cannot be read.
     """
-    import torch
-    from tqdm import tqdm
-
-    from mixpert_kernels.demo.images import open_image
-    from mixpert_kernels.hf.loading import load_preprocessing, load_tower
+    from mixpert_kernels.hf.loading import kind_of
 
     directory = checkpoint.parent if checkpoint.is_file() else checkpoint
     for path in paths:
         if not path.is_file():
             raise ValueError(f"route: image must be an existing file, got {path}")
+    whole = kind_of("route", directory) in ("mixpertized", "mllm")
+    names, routes = (_by_model if whole else _by_tower)(directory, paths)
+    rows = []
+    for path, (expert, scores) in zip(paths, routes, strict=True):
+        by_name = dict(zip(names, scores, strict=True))
+        rows.append(
+            {"image": str(path), "expert": expert, "name": names[expert], "scores": by_name}
+        )
+    return names, rows
+
+
+Routes = Iterator[tuple[int, list[float]]]  # of each image: its expert and the scores
+
+
+def _by_tower(directory: Path, paths: Sequence[Path]) -> tuple[list[str], Routes]:
+    import torch
+
+    from mixpert_kernels.demo.images import open_image
+    from mixpert_kernels.hf.expert_names import names_of
+    from mixpert_kernels.hf.loading import load_preprocessing, load_tower
+
     tower = load_tower(directory)
     preprocess = load_preprocessing(directory, tower.config.vision_config)
-    names = tower.config.expert_names or [f"expert {k}" for k in range(tower.config.num_experts)]
-    rows = []
-    starts = range(0, len(paths), BATCH)
-    for i in tqdm(
-        starts, desc="routing", unit="batch", leave=False, delay=1, disable=len(starts) < 2
-    ):
-        part = paths[i : i + BATCH]
-        pixels = preprocess([open_image(path) for path in part])
-        with torch.inference_mode():
-            routing = tower.route(tower.trunk_features(pixels))
-        scores_of = routing.scores.tolist() if routing.scores is not None else []
-        for path, expert, scores in zip(part, routing.expert.tolist(), scores_of, strict=True):
-            by_name = dict(zip(names, scores, strict=True))
-            rows.append(
-                {"image": str(path), "expert": expert, "name": names[expert], "scores": by_name}
-            )
-    return names, rows
+
+    def routes() -> Routes:
+        for i in _bar(range(0, len(paths), BATCH), "batch"):
+            pixels = preprocess([open_image(path) for path in paths[i : i + BATCH]])
+            with torch.inference_mode():
+                routing = tower.route(tower.trunk_features(pixels))
+            assert routing.scores is not None  # a router that was asked has scores
+            yield from zip(routing.expert.tolist(), routing.scores.tolist(), strict=True)
+
+    return names_of(tower.config), routes()
+
+
+def _by_model(directory: Path, paths: Sequence[Path]) -> tuple[list[str], Routes]:
+    from mixpert_kernels.demo.images import open_image
+    from mixpert_kernels.hf.expert_names import names_of
+    from mixpert_kernels.hf.mllm.vision_side import ImageReader, load_vision_side, route_image
+
+    model = load_vision_side(directory)
+    read = ImageReader(directory)
+
+    def routes() -> Routes:
+        for path in _bar(paths, "image"):
+            record = route_image(model, read(open_image(path)))
+            yield int(record.expert), record.scores[0].tolist()
+
+    return names_of(model.base_model.mixpert_settings), routes()
+
+
+def _bar(steps: Sequence[Any], unit: str) -> Any:
+    from tqdm import tqdm
+
+    alone = len(steps) < 2
+    return tqdm(steps, desc="routing", unit=unit, leave=False, delay=1, disable=alone)

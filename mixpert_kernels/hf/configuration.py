@@ -8,6 +8,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mixpert_kernels.ops import Strategy
 
+from .expert_names import are_names
+
 
 class MixpertVisionConfig(PretrainedConfig):
     """What it takes to build a tower again.
@@ -26,7 +28,7 @@ class MixpertVisionConfig(PretrainedConfig):
         final_norm: whether the vision model's final norm stands between the blocks and the projector.
         router_hidden: width of the router's hidden layer; None for a linear router.
         fuse_trunk: run the shared layers of known pre-LN ViTs through the fused plan in inference.
-        expert_names: E names, for people.
+        expert_names: E different names, for people; None for none.
         mixpert_format: of the checkpoint: which parameters there are and what they are called.
     """
 
@@ -81,12 +83,8 @@ class MixpertVisionConfig(PretrainedConfig):
         wide = hidden is None or (_whole(hidden) and hidden >= 1)
         _require(wide, "router_hidden", "be None or at least 1", hidden)
         names = self.expert_names
-        _require(
-            names is None or len(set(names)) == len(names) == self.num_experts,
-            "expert_names",
-            f"be {self.num_experts} different names",
-            names,
-        )
+        fits = are_names(names, self.num_experts)
+        _require(fits, "expert_names", f"be {self.num_experts} different names", names)
         try:
             self.strategy  # noqa: B018, its constructor checks
         except ValueError as error:

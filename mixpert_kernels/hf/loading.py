@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -34,6 +35,38 @@ ENCODERS = (
 PROJECTORS = ("multi_modal_projector",)
 UNUSED = ("head.", "pooler.", "post_layernorm.")  # may be missing: they come after the feature
 PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+_NO_TOWER = {
+    "vision": "a {} checkpoint; `mixpert convert` makes a tower of it",
+    "mllm": "a {} checkpoint; `mixpert convert --tower` makes a tower of it",
+    "mixpertized": "a mixpertized {}, which has its experts in place",
+}
+
+
+def kind_of(caller: str, directory: Path | str) -> str:
+    """What a checkpoint directory holds, by its configuration alone.
+
+    Returns:
+        ``tower``: a FusedMixpertTower; ``mixpertized``: a vision-language model with experts; ``mllm``: a plain
+        vision-language model; ``vision``: anything else.
+
+    Raises:
+        ValueError: the directory is missing or has no configuration that transformers knows.
+    """
+    directory = directory_of(caller, directory)
+    with one_line(caller, directory, "a transformers checkpoint"):
+        return _kind(
+            AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        )
+
+
+def _kind(config: Any) -> str:
+    if isinstance(config, MixpertVisionConfig):
+        return "tower"
+    if getattr(config, "mixpert", None) is not None:
+        return "mixpertized"
+    return "mllm" if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING else "vision"
 
 
 def load_vision_model(
@@ -59,6 +92,8 @@ def load_vision_model(
         )
         if isinstance(config, MixpertVisionConfig):
             raise ValueError("it is a FusedMixpertTower already")
+        if _kind(config) == "mixpertized":
+            raise ValueError("it is a mixpertized model already")
         model, report = AutoModel.from_pretrained(
             directory,
             dtype=dtype,
@@ -89,9 +124,7 @@ def load_tower(directory: Path | str) -> FusedMixpertTower:
             directory, local_files_only=True, trust_remote_code=False
         )
         if not isinstance(config, MixpertVisionConfig):
-            raise ValueError(
-                f"a {config.model_type} checkpoint; `mixpert convert` makes a tower of it"
-            )
+            raise ValueError(_NO_TOWER[_kind(config)].format(config.model_type))
         tower = FusedMixpertTower.from_pretrained(directory, dtype=torch.float32)
     return tower.eval()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mixpert_kernels.hf.expert_names import are_names
 from mixpert_kernels.ops import Strategy
 
 CALL = "mixpertize"
@@ -66,7 +67,7 @@ class Settings:
         wide = hidden is None or (_whole(hidden) and hidden >= 1)
         _require(wide, "router_hidden", "be None or at least 1", hidden)
         names = self.expert_names
-        fits = names is None or len(set(names)) == len(names) == experts
+        fits = are_names(names, experts)
         _require(fits, "expert_names", f"be {experts} different names", names)
         try:
             self.strategy  # noqa: B018, its constructor checks
