@@ -108,6 +108,9 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
         ValueError: the model has no experts, or not this one.
     """
     settings = settings_of("unmixpertize", model)
+    if not isinstance(model, PreTrainedModel):
+        kind = type(model).__name__
+        raise ValueError(f"unmixpertize: model must be taken out of its {kind} first, got {kind}")
     names = settings.expert_names or []
     number = names.index(expert) if expert in names else expert
     if type(number) is not int or not 0 <= number < settings.num_experts:
@@ -126,14 +129,27 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     return model
 
 
+def owner_of(caller: str, model: nn.Module) -> nn.Module:
+    """Return the module of a mixpertized model that has the tower and the router.
+
+    ``model`` may be inside others, such as PEFT's, DDP's or torch.compile's.
+
+    Raises:
+        ValueError: there is none, or there are several.
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    owners = [module for module in modules if "mixpert_settings" in module.__dict__]
+    if len(owners) != 1:
+        found = f"{len(owners)} in a" if owners else "a plain"
+        raise ValueError(
+            f"{caller}: model must be a mixpertized model, got {found} {type(model).__name__}"
+        )
+    return owners[0]
+
+
 def settings_of(caller: str, model: nn.Module) -> Settings:
     """Return the settings of a mixpertized model; ValueError for any other."""
-    owner = getattr(model, "base_model", model)
-    if not hasattr(owner, "mixpert_settings"):
-        raise ValueError(
-            f"{caller}: model must be a mixpertized model, got a plain {type(model).__name__}"
-        )
-    return owner.mixpert_settings
+    return owner_of(caller, model).mixpert_settings
 
 
 @functools.cache

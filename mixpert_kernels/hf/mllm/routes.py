@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .mixpertize import settings_of
+from .mixpertize import owner_of
 from .scope import Forced, Record, pushed
 
 Ids = Sequence[int | str] | Tensor
@@ -26,7 +26,7 @@ def forced_routing(
     """Decide, for the calls of ``model`` in this block and thread, routes or which tiles are of one image.
 
     Args:
-        model: a mixpertized model.
+        model: a mixpertized model, also inside PEFT's, DDP's or torch.compile's.
         expert: of each image, (I,), in the order of the prompts; one for all of them; None: the router decides.
             Numbers or names of ``expert_names``.
         video_expert: the same for videos.
@@ -41,7 +41,8 @@ def forced_routing(
         >>> with forced_routing(model, expert=[0, 2]):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    settings = settings_of("forced_routing", model)
+    owner = owner_of("forced_routing", model)
+    settings = owner.mixpert_settings
 
     def one(name: str, given: int | str) -> int:
         if isinstance(given, str):
@@ -67,7 +68,7 @@ def forced_routing(
         _tensor(image_of_tile),
         _tensor(base_tile),
     )
-    with pushed("forced", (model.base_model, forced)):
+    with pushed("forced", (owner, forced)):
         yield
 
 
@@ -83,9 +84,9 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
         ...     model.generate(**inputs)
         >>> records[0].expert, records[0].scores  # doctest: +SKIP
     """
-    settings_of("record_routing", model)
+    owner = owner_of("record_routing", model)
     records: list[Record] = []
-    with pushed("records", (model.base_model, records)):
+    with pushed("records", (owner, records)):
         yield records
 
 
