@@ -14,6 +14,9 @@ class Routing(NamedTuple):
     Everything lives on the device of the features; nothing here is ever read by the host on a GPU. ``order`` and
     ``offsets`` list the tiles expert by expert: expert ``e`` serves tiles ``order[offsets[e]:offsets[e + 1]]``. They
     steer the visiting order of kernels and the weight gradients; results never depend on them.
+
+    Tiles of one size are features (B, T, D). Tiles of different sizes are packed rows (R, D), one tile after the other,
+    and ``cu_seqlens`` says where each begins: tile ``b`` is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``, maybe none.
     """
 
     expert: Tensor  # (B,) int32
@@ -22,13 +25,25 @@ class Routing(NamedTuple):
     scores: Tensor | None = (
         None  # (I, E) float32, the router's probabilities; None for a forced route
     )
+    cu_seqlens: Tensor | None = None  # (B + 1,) int32, ascending from 0 to R; None: (B, T, D)
 
     @property
     def num_experts(self) -> int:
         return self.offsets.shape[0] - 1
 
+    @property
+    def ids(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What backends take of it, in the order they take it: all but the scores."""
+        return self.expert, self.order, self.offsets, self.cu_seqlens
+
     @classmethod
-    def forced(cls, expert: Tensor, num_experts: int, scores: Tensor | None = None) -> Routing:
+    def forced(
+        cls,
+        expert: Tensor,
+        num_experts: int,
+        scores: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Routing:
         """Send tile ``b`` to ``expert[b]`` (teacher routing).
 
         Args:
@@ -36,6 +51,7 @@ class Routing(NamedTuple):
                 make the host wait, so they are not.
             num_experts: E.
             scores: (I, E) router probabilities to carry along.
+            cu_seqlens: (B + 1,) int32 for packed rows; the ops check it, since they know R.
 
         Raises:
             ValueError: wrong rank, dtype or, on a CPU, an id out of range.
@@ -45,7 +61,7 @@ class Routing(NamedTuple):
             tensor([0, 1, 1, 3], dtype=torch.int32)
         """
         check_expert_ids("Routing.forced", expert, num_experts)
-        return cls(*counting_sort(expert, num_experts), scores)
+        return cls(*counting_sort(expert, num_experts), scores, cu_seqlens)
 
     @classmethod
     def single(cls, batch: int, device: torch.device | str | None = None) -> Routing:

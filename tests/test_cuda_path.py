@@ -138,7 +138,7 @@ def backwards(gpu: FakeCuda) -> dict[str, list]:
     def float32(*shape: int) -> Tensor:
         return new(*shape, dtype=torch.float32)
 
-    routing = [int32(6), int32(6), int32(5)]
+    routing = [int32(6), int32(6), int32(5), None]
     return {
         "grouped_layer_norm": [
             new(6, 17, 32), new(6, 17, 32), new(4, 32), new(4, 32), float32(6, 17, 1), float32(6, 17, 1), *routing,
@@ -152,8 +152,8 @@ def backwards(gpu: FakeCuda) -> dict[str, list]:
             new(6, 17, 32), *routing, "gelu_tanh", new(4, 32), [True] * 6,
         ],
         "route": [
-            float32(6, 4), float32(6, 32), new(6, 17, 32), None, new(32), new(32), new(16, 32), new(16), new(4, 16),
-            float32(6, 4), float32(6, 32), 1e-5, True,
+            float32(6, 4), float32(6, 32), new(6, 17, 32), None, None, new(32), new(32), new(16, 32), new(16),
+            new(4, 16), float32(6, 4), float32(6, 32), 1e-5, True,
         ],
     }  # fmt: skip
 

@@ -199,7 +199,7 @@ def test_opcheck(activation, backend, for_backward):
         p = leaves(p, torch.float32)
     weights, biases = ([t, t.detach().clone()] for t in (p["weight"], p["bias"]))
     scale = torch.cat([p["scale"]] * 2, 1)
-    args = (p["x"], weights, biases, *routing[:3], activation, None, scale, for_backward, backend)
+    args = (p["x"], weights, biases, *routing.ids, activation, None, scale, for_backward, backend)
     torch.library.opcheck(torch.ops.mixpert.grouped_linear.default, args)
 
 
@@ -208,7 +208,7 @@ def test_opcheck_of_the_backward(needs):
     p = problem(3, 5, 6, [1, 0, 1], 2, dtype=torch.float32)
     routing = Routing.forced(torch.tensor([1, 0, 1]), 2)
     dy, pre = torch.randn(2, 3, 3, 6).unbind()
-    head = (dy, p["x"], [p["weight"]], [p["bias"]], pre, *routing[:3])
+    head = (dy, p["x"], [p["weight"]], [p["bias"]], pre, *routing.ids)
     torch.library.opcheck(
         torch.ops.mixpert.grouped_linear_backward.default,
         (*head, "gelu", p["scale"], needs, "reference"),
@@ -369,7 +369,7 @@ def test_keeps_the_pre_activation_only_when_backward_will_need_it(backend):
     routing = Routing.forced(torch.tensor([1, 0]), 2)
 
     def kept(activation, scale, for_backward):
-        args = (p["x"], [p["weight"]], [p["bias"]], *routing[:3], activation, None, scale)
+        args = (p["x"], [p["weight"]], [p["bias"]], *routing.ids, activation, None, scale)
         return torch.ops.mixpert.grouped_linear(*args, for_backward, backend)[1].numel()
 
     assert kept("gelu", None, True) == kept("none", p["scale"], True) == 2 * 3 * 6

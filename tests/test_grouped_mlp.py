@@ -220,7 +220,7 @@ def test_opcheck(backend, activation, for_backward):
     p = leaves(p, torch.float32) if for_backward else p
     routing = Routing.forced(torch.tensor(EXPERT), 4)
     tensors = [p[n] for n in TENSORS]
-    args = (*tensors, *routing[:3], activation, p["residual"], p["scale"], for_backward, backend)
+    args = (*tensors, *routing.ids, activation, p["residual"], p["scale"], for_backward, backend)
     torch.library.opcheck(torch.ops.mixpert.grouped_mlp.default, args)
 
 

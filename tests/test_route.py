@@ -316,7 +316,7 @@ def test_opcheck(forced, hidden, dtype):
     x = features(4, 3, 8, dtype=dtype)
     weights = [None if w is None else w.requires_grad_() for w in router(8, 3, hidden, dtype=dtype)]
     expert = torch.tensor([2, 1]) if forced else None
-    tiles = torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2]), expert
+    tiles = None, torch.tensor([0, 0, 1, 1]), torch.tensor([1, 2]), expert
     args = (x, *tiles, *weights, 1e-5, "direct", 0.0, "runner_up", "auto")
     torch.library.opcheck(torch.ops.mixpert.route.default, args)
 

@@ -63,7 +63,7 @@ def problem(count, dtype, tokens=17, depth=72, width=136, seed=0):
 
 def forward(x, weights, biases, residual=None, scale=None, activation="gelu", keep=True):
     return grouped_linear.grouped_linear(
-        x, weights, biases, EXPERT, ORDER, OFFSETS, activation, residual, scale, keep
+        x, weights, biases, EXPERT, ORDER, OFFSETS, None, activation, residual, scale, keep
     )
 
 

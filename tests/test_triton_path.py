@@ -110,18 +110,18 @@ def test_routing_and_segment_wait_for_nothing(
 BACKWARDS: dict[str, Callable[[Callable, Callable], list]] = {
     "grouped_layer_norm": lambda new, ids: [
         new(6, 17, 32), new(6, 17, 32), new(4, 32), new(4, 32), new(6, 17, 1, dtype=torch.float32),
-        new(6, 17, 1, dtype=torch.float32), ids(6), ids(6), ids(5),
+        new(6, 17, 1, dtype=torch.float32), ids(6), ids(6), ids(5), None,
     ],
     "grouped_linear": lambda new, ids: [
         new(6, 17, 72), new(6, 17, 32), [new(4, 24, 32) for _ in range(3)], [new(4, 24) for _ in range(3)],
-        new(6, 17, 72), ids(6), ids(6), ids(5), "gelu", new(4, 72), [True] * 4,
+        new(6, 17, 72), ids(6), ids(6), ids(5), None, "gelu", new(4, 72), [True] * 4,
     ],
     "grouped_mlp": lambda new, ids: [
         new(6, 17, 32), new(6, 17, 32), new(4, 72, 32), new(4, 72), new(4, 32, 72), new(4, 32), new(6, 17, 72),
-        new(6, 17, 32), ids(6), ids(6), ids(5), "gelu_tanh", new(4, 32), [True] * 6,
+        new(6, 17, 32), ids(6), ids(6), ids(5), None, "gelu_tanh", new(4, 32), [True] * 6,
     ],
     "route": lambda new, ids: [
-        new(6, 4, dtype=torch.float32), new(6, 32, dtype=torch.float32), new(6, 17, 32), None, new(32), new(32),
+        new(6, 4, dtype=torch.float32), new(6, 32, dtype=torch.float32), new(6, 17, 32), None, None, new(32), new(32),
         new(16, 32), new(16), new(4, 16), new(6, 4, dtype=torch.float32), new(6, 32, dtype=torch.float32), 1e-5, True,
     ],
 }  # fmt: skip

@@ -55,7 +55,7 @@ def problem(batch, tokens, width, experts, hidden=None, dtype=torch.float32, see
 def run(backend, x, weights, rule="direct", threshold=0.1, tiles=(None, None), expert=None):
     """scores, pooled, expert, order, offsets."""
     strategy, against = RULES[rule]
-    return backend.route(x, *tiles, expert, *weights, EPS, strategy, threshold, against)
+    return backend.route(x, None, *tiles, expert, *weights, EPS, strategy, threshold, against)
 
 
 def double(tensors):
@@ -232,7 +232,7 @@ def gradients(backend, x, weights, tiles=(None, None), needs_x=True):
     ]
     dscores, dpooled = (t.to(scores.dtype) for t in given)
     rest = (*weights[:5], scores, pooled, EPS, needs_x)
-    return backend.route_backward(dscores, dpooled / 10, x, tiles[1], *rest)
+    return backend.route_backward(dscores, dpooled / 10, x, None, tiles[1], *rest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

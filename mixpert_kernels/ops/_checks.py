@@ -53,10 +53,40 @@ def require_floating(op: str, name: str, tensor: Tensor) -> None:
     )
 
 
+def require_features(op: str, x: Tensor, width: int, cu_seqlens: Tensor | None, name: str) -> None:
+    """(B, T, width), or packed rows (R, width) where ``cu_seqlens``, an argument of that name, is given.
+
+    Its values are checked on a CPU alone: on a GPU the host would wait for them.
+    """
+    if cu_seqlens is None:
+        return require_shape(op, "x", x, "B", "T", width)
+    require_shape(op, "x", x, "R", width)
+    require_shape(op, name, cu_seqlens, "B + 1")
+    where = f"be on the device of x, {x.device}"
+    require(cu_seqlens.device == x.device, op, name, where, cu_seqlens.device)
+    require(cu_seqlens.dtype == torch.int32, op, name, "have dtype int32", cu_seqlens.dtype)
+    strides = f"strides {cu_seqlens.stride()}"
+    require(cu_seqlens.is_contiguous(), op, name, "be contiguous", strides)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bounds, rows = cu_seqlens.tolist(), x.shape[0]
+    ascends = len(bounds) > 1 and [bounds[0], bounds[-1]] == [0, rows] and bounds == sorted(bounds)
+    require(ascends, op, name, f"ascend from 0 to the {rows} rows of x", bounds)
+
+
+def require_routed_features(op: str, x: Tensor, width: int, routing: Routing) -> None:
+    """The same, as the routing has it."""
+    require(isinstance(routing, Routing), op, "routing", "be a Routing", type(routing).__name__)
+    require_features(op, x, width, routing.cu_seqlens, "routing.cu_seqlens")
+
+
+def tiles_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
+    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 def require_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> None:
     """All that a kernel takes for granted; which ids there are, only ``Routing`` can have checked."""
-    require(isinstance(routing, Routing), op, "routing", "be a Routing", type(routing).__name__)
-    batch, device = x.shape[0], x.device
+    batch, device = tiles_of(x, routing.cu_seqlens), x.device
     for tensor, size in zip(routing[:3], (batch, batch, num_experts + 1), strict=True):
         if not (
             isinstance(tensor, Tensor)
@@ -65,12 +95,12 @@ def require_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> N
             and tensor.device == device
             and tensor.is_contiguous()
         ):
-            _refuse_routing(op, routing, x, num_experts)
+            _refuse_routing(op, routing, x, batch, num_experts)
 
 
-def _refuse_routing(op: str, routing: Routing, x: Tensor, num_experts: int) -> None:
-    require_shape(op, "routing.expert", routing.expert, x.shape[0])
-    require_shape(op, "routing.order", routing.order, x.shape[0])
+def _refuse_routing(op: str, routing: Routing, x: Tensor, batch: int, num_experts: int) -> None:
+    require_shape(op, "routing.expert", routing.expert, batch)
+    require_shape(op, "routing.order", routing.order, batch)
     require_shape(op, "routing.offsets", routing.offsets, "E + 1")
     experts = f"be over the weight's {num_experts} experts"
     require(routing.num_experts == num_experts, op, "routing", experts, routing.num_experts)

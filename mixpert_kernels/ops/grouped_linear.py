@@ -18,6 +18,7 @@ from ._checks import (
     require_floating,
     require_like,
     require_parameter,
+    require_routed_features,
     require_routing,
     require_shape,
 )
@@ -25,34 +26,36 @@ from ._library import register, register_gradient, register_no_second_gradient
 
 
 def grouped_linear(
-    x: Tensor,  # (B, T, K)
+    x: Tensor,  # (B, T, K) or (R, K)
     weight: Tensor | Sequence[Tensor],  # (E, N, K)
     bias: Tensor | Sequence[Tensor] | None,  # (E, N)
     routing: Routing,
     *,
     activation: str = "none",
-    residual: Tensor | None = None,  # (B, T, N)
+    residual: Tensor | None = None,  # as y
     scale: Tensor | None = None,  # (E, N)
     backend: str = "auto",
-) -> Tensor:  # (B, T, N)
+) -> Tensor:  # (B, T, N) or (R, N)
     """Apply to each tile the linear layer of its expert.
 
     ``y[b] = scale[e] * act(x[b] @ weight[e].T + bias[e]) + residual[b]`` with ``e = routing.expert[b]``.
 
     Args:
-        x: (B, T, K), B tiles of T tokens; float16, bfloat16, float32 or float64.
+        x: (B, T, K), B tiles of T tokens, or packed rows (R, K) where ``routing.cu_seqlens`` is given; float16,
+            bfloat16, float32 or float64.
         weight: (E, N, K), device and dtype of ``x``; beside float32 features also half precision, computed as float32.
             A sequence of weights (E, N_i, K) is computed as one product whose outputs lie side by side, N = sum N_i:
             so query, key and value are one GEMM of three parameters.
         bias: (E, N), a sequence to match ``weight``, or None.
         routing: which expert serves each tile.
         activation: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu`` (z * sigmoid(1.702 z)) or ``relu``.
-        residual: (B, T, N) added last.
+        residual: of the result's shape, added last.
         scale: (E, N) LayerScale, one factor a channel.
         backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
 
     Returns:
-        (B, T, N) in the dtype of ``x``; sums are accumulated in float32 (float64 for float64).
+        (B, T, N), or (R, N) for packed rows, in the dtype of ``x``; sums are accumulated in float32 (float64 for
+        float64).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or name.
@@ -87,9 +90,7 @@ def grouped_linear(
         x,
         weights,
         biases,
-        routing.expert,
-        routing.order,
-        routing.offsets,
+        *routing.ids,
         activation,
         residual,
         scale,
@@ -101,9 +102,10 @@ def grouped_linear(
 
 def _check(x, weights, biases, routing, activation, residual, scale) -> None:
     op = "grouped_linear"
-    experts, width = check_weights(op, x, weights, biases, activation)
+    experts, width = check_weights(op, weights, biases, activation, x)
+    require_routed_features(op, x, weights[0].shape[2], routing)
     if residual is not None:
-        require_shape(op, "residual", residual, *x.shape[:2], width)
+        require_shape(op, "residual", residual, *x.shape[:-1], width)
         require_like(op, "residual", residual, x)
     if scale is not None:
         require_shape(op, "scale", scale, experts, width)
@@ -111,13 +113,12 @@ def _check(x, weights, biases, routing, activation, residual, scale) -> None:
     require_routing(op, routing, x, experts)
 
 
-def check_weights(op, x, weights, biases, activation) -> tuple[int, int]:
-    """Check all but routing, residual and scale; return E and N."""
+def check_weights(op, weights, biases, activation, x) -> tuple[int, int]:
+    """Check the layer, of which x tells device and dtype; return E and N."""
     require(activation in ACTIVATIONS, op, "activation", f"be one of {ACTIVATIONS}", activation)
     require(len(weights) > 0, op, "weight", "hold at least one tensor", "an empty sequence")
     require_shape(op, "weight", weights[0], "E", "N", "K")
     experts, _, depth = weights[0].shape
-    require_shape(op, "x", x, "B", "T", depth)
     for w in weights:
         require_shape(op, "weight", w, experts, "N", depth)
         require_parameter(op, "weight", w, x)
@@ -130,34 +131,35 @@ def check_weights(op, x, weights, biases, activation) -> tuple[int, int]:
 
 
 def _pick(backend, x, weights):
-    widths = (x.shape[2], sum(w.shape[1] for w in weights))
-    return pick("grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
+    widths = (x.shape[-1], sum(w.shape[1] for w in weights))
+    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    return pick("grouped_linear", backend, widths=widths, **place)
 
 
-def _run(x, weights, biases, expert, order, offsets, activation, residual, scale, keep, backend):
-    chosen = _pick(backend, x, weights)
-    return chosen.grouped_linear(
-        x, weights, biases, expert, order, offsets, activation, residual, scale, keep
-    )
+def _run(x, weights, *rest):
+    *rest, backend = rest
+    return _pick(backend, x, weights).grouped_linear(x, weights, *rest)
 
 
-def _fake(x, weights, biases, expert, order, offsets, activation, residual, scale, keep, backend):
-    y = x.new_empty(*x.shape[:2], sum(w.shape[1] for w in weights))
+def _fake(x, weights, *rest):
+    activation, _residual, scale, keep, _backend = rest[5:]
+    y = x.new_empty(*x.shape[:-1], sum(w.shape[1] for w in weights))
     return y, torch.empty_like(y) if stores_pre(activation, scale, keep) else x.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weights, biases, expert, order, offsets, activation, residual, scale, _, backend = inputs
-    ctx.save_for_backward(x, expert, order, offsets, scale, output[1], *weights, *biases)
+    x, weights, biases, *ids, activation, residual, scale, _, backend = inputs
+    ctx.save_for_backward(x, *ids, scale, output[1], *weights, *biases)
     ctx.num_weights, ctx.activation, ctx.backend = len(weights), activation, backend
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, dy, _dpre):
-    x, expert, order, offsets, scale, pre, *rest = ctx.saved_tensors
+    x, *rest = ctx.saved_tensors
+    ids, (scale, pre, *rest) = rest[:4], rest[4:]
     weights, biases = rest[: ctx.num_weights], rest[ctx.num_weights :]
-    needs_x, needs_weight, needs_bias, *_, needs_residual, needs_scale = ctx.needs_input_grad[:9]
+    needs_x, needs_weight, needs_bias, *_, needs_residual, needs_scale = ctx.needs_input_grad[:10]
     needs = [needs_x, _any(needs_weight), _any(needs_bias), needs_scale]
     dx, dweights, dbiases, dscale = torch.ops.mixpert.grouped_linear_backward(
         dy,
@@ -165,9 +167,7 @@ def _backward(ctx, dy, _dpre):
         weights,
         biases,
         pre,
-        expert,
-        order,
-        offsets,
+        *ids,
         ctx.activation,
         scale,
         needs,
@@ -177,7 +177,7 @@ def _backward(ctx, dy, _dpre):
         dx if needs[0] else None,
         dweights if needs[1] else [None] * len(weights),
         dbiases if needs[2] else [None] * len(biases),
-        *[None] * 4,
+        *[None] * 5,
         dy if needs_residual and ctx.has_residual else None,
         dscale if needs_scale else None,
         *[None] * 2,
@@ -188,18 +188,13 @@ def _any(needs: bool | Sequence[bool]) -> bool:
     return needs if isinstance(needs, bool) else any(needs)
 
 
-def _run_backward(
-    dy, x, weights, biases, pre, expert, order, offsets, activation, scale, needs, backend
-):
-    chosen = _pick(backend, x, weights)
-    return chosen.grouped_linear_backward(
-        dy, x, weights, biases, pre, expert, order, offsets, activation, scale, needs
-    )
+def _run_backward(dy, x, weights, *rest):
+    *rest, backend = rest
+    return _pick(backend, x, weights).grouped_linear_backward(dy, x, weights, *rest)
 
 
-def _fake_backward(
-    dy, x, weights, biases, pre, expert, order, offsets, activation, scale, needs, backend
-):
+def _fake_backward(dy, x, weights, biases, *rest):
+    *_, scale, needs, _backend = rest
     needs_x, needs_weight, needs_bias, needs_scale = needs
     return (
         x.new_empty(x.shape) if needs_x else x.new_empty(0),
@@ -211,13 +206,14 @@ def _fake_backward(
 
 register(
     "grouped_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor expert, Tensor order, Tensor offsets, "
-    "str activation, Tensor? residual, Tensor? scale, bool for_backward, str backend) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, str activation, Tensor? residual, Tensor? scale, bool for_backward, str backend) "
+    "-> (Tensor, Tensor)",
     _run,
     _fake,
 )
 register(
     "grouped_linear_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] biases, Tensor pre, Tensor expert, "
-    "Tensor order, Tensor offsets, str activation, Tensor? scale, bool[] needs, str backend) "
+    "Tensor order, Tensor offsets, Tensor? cu_seqlens, str activation, Tensor? scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor[], Tensor[], Tensor)",
     _run_backward,
     _fake_backward,

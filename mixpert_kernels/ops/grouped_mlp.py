@@ -15,6 +15,7 @@ from ._checks import (
     require_floating,
     require_like,
     require_parameter,
+    require_routed_features,
     require_routing,
     require_shape,
 )
@@ -22,7 +23,7 @@ from ._library import register, register_gradient, register_no_second_gradient
 
 
 def grouped_mlp(
-    x: Tensor,  # (B, T, K)
+    x: Tensor,  # (B, T, K) or (R, K)
     weight1: Tensor,  # (E, H, K)
     bias1: Tensor | None,  # (E, H)
     weight2: Tensor,  # (E, N, H)
@@ -30,10 +31,10 @@ def grouped_mlp(
     routing: Routing,
     *,
     activation: str = "gelu",
-    residual: Tensor | None = None,  # (B, T, N)
+    residual: Tensor | None = None,  # as y
     scale: Tensor | None = None,  # (E, N)
     backend: str = "auto",
-) -> Tensor:  # (B, T, N)
+) -> Tensor:  # (B, T, N) or (R, N)
     """Apply to each tile the two linear layers of its expert.
 
     ``y[b] = scale[e] * (act(x[b] @ weight1[e].T + bias1[e]) @ weight2[e].T + bias2[e]) + residual[b]`` with
@@ -41,19 +42,21 @@ def grouped_mlp(
     layer's pre-activation alone, not its activation, which backward computes again on the way.
 
     Args:
-        x: (B, T, K), B tiles of T tokens; float16, bfloat16, float32 or float64.
+        x: (B, T, K), B tiles of T tokens, or packed rows (R, K) where ``routing.cu_seqlens`` is given; float16,
+            bfloat16, float32 or float64.
         weight1: (E, H, K), device and dtype of ``x``; beside float32 features also half precision, as all parameters.
         bias1: (E, H) or None.
         weight2: (E, N, H).
         bias2: (E, N) or None.
         routing: which expert serves each tile.
         activation: ``none``, ``gelu`` (erf), ``gelu_tanh``, ``quick_gelu`` (z * sigmoid(1.702 z)) or ``relu``.
-        residual: (B, T, N), added last.
+        residual: of the result's shape, added last.
         scale: (E, N), LayerScale.
         backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
 
     Returns:
-        (B, T, N) in the dtype of ``x`` (of autocast, under autocast); products accumulate in float32 or better.
+        (B, T, N), or (R, N) for packed rows, in the dtype of ``x`` (of autocast, under autocast); products accumulate
+        in float32 or better.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or an unknown activation.
@@ -85,7 +88,7 @@ def grouped_mlp(
         params = tuple(None if p is None else p.to(x.dtype) for p in params)
     *layers, scale = params
     y, _, _ = torch.ops.mixpert.grouped_mlp(
-        x, *layers, *routing[:3], activation, residual, scale, for_backward, backend
+        x, *layers, *routing.ids, activation, residual, scale, for_backward, backend
     )
     return y
 
@@ -97,7 +100,7 @@ def _check(x, weight1, bias1, weight2, bias2, routing, activation, residual, sca
     experts, hidden, depth = weight1.shape
     require_shape(op, "weight2", weight2, experts, "N", hidden)
     width = weight2.shape[1]
-    require_shape(op, "x", x, "B", "T", depth)
+    require_routed_features(op, x, depth, routing)
     if bias1 is not None:
         require_shape(op, "bias1", bias1, experts, hidden)
     if bias2 is not None:
@@ -109,14 +112,15 @@ def _check(x, weight1, bias1, weight2, bias2, routing, activation, residual, sca
         if tensor is not None:
             require_parameter(op, name, tensor, x)
     if residual is not None:
-        require_shape(op, "residual", residual, *x.shape[:2], width)
+        require_shape(op, "residual", residual, *x.shape[:-1], width)
         require_like(op, "residual", residual, x)
     require_routing(op, routing, x, experts)
 
 
 def _pick(backend, x, weight1, weight2):
-    widths = (x.shape[2], weight1.shape[1], weight2.shape[1])
-    return pick("grouped_mlp", backend, device=x.device, dtype=x.dtype, widths=widths)
+    widths = (x.shape[-1], weight1.shape[1], weight2.shape[1])
+    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    return pick("grouped_mlp", backend, widths=widths, **place)
 
 
 def _run(x, weight1, bias1, weight2, *rest):
@@ -125,36 +129,36 @@ def _run(x, weight1, bias1, weight2, *rest):
     return chosen.grouped_mlp(x, weight1, bias1, weight2, *rest)
 
 
-def _fake(x, weight1, bias1, weight2, bias2, expert, order, offsets, activation, *rest):
-    _residual, scale, for_backward, _backend = rest
-    batch, tokens, _ = x.shape
+def _fake(x, weight1, bias1, weight2, bias2, *rest):
+    *_, scale, for_backward, _backend = rest
     hidden, width = weight1.shape[1], weight2.shape[1]
     keeps_pre2 = for_backward and scale is not None
     return (
-        x.new_empty(batch, tokens, width),
-        x.new_empty((batch, tokens, hidden) if for_backward else 0),
-        x.new_empty((batch, tokens, width) if keeps_pre2 else 0),
+        x.new_empty(*x.shape[:-1], width),
+        x.new_empty((*x.shape[:-1], hidden) if for_backward else 0),
+        x.new_empty((*x.shape[:-1], width) if keeps_pre2 else 0),
     )
 
 
 def _setup_context(ctx, inputs, output):
-    x, *layers, expert, order, offsets, ctx.activation, residual, scale, _, ctx.backend = inputs
+    x, *layers_and_ids, ctx.activation, residual, scale, _, ctx.backend = inputs
+    layers, ids = layers_and_ids[:4], layers_and_ids[4:]
     _, pre1, pre2 = output
-    ctx.save_for_backward(x, *layers, pre1, pre2, expert, order, offsets, scale)
+    ctx.save_for_backward(x, *layers, pre1, pre2, *ids, scale)
     ctx.has_residual = residual is not None
     ctx.mark_non_differentiable(pre1, pre2)
 
 
 def _backward(ctx, dy, _dpre1, _dpre2):
     *saved, scale = ctx.saved_tensors
-    *needs, needs_residual, needs_scale = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 9, 10)]
+    *needs, needs_residual, needs_scale = [ctx.needs_input_grad[i] for i in (0, 1, 2, 3, 4, 10, 11)]
     needs.append(needs_scale)
     *grads, dscale = torch.ops.mixpert.grouped_mlp_backward(
         dy, *saved, ctx.activation, scale, needs, ctx.backend
     )
     grads = [g if needed else None for g, needed in zip(grads, needs, strict=False)]
     dresidual = dy if needs_residual and ctx.has_residual else None
-    return (*grads, *[None] * 4, dresidual, dscale if needs_scale else None, None, None)
+    return (*grads, *[None] * 5, dresidual, dscale if needs_scale else None, None, None)
 
 
 def _run_backward(dy, x, weight1, bias1, weight2, *rest):
@@ -173,7 +177,7 @@ def _fake_backward(dy, x, weight1, bias1, weight2, bias2, *rest):
 
 
 _LAYERS = "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
-_ROUTING = "Tensor expert, Tensor order, Tensor offsets"
+_ROUTING = "Tensor expert, Tensor order, Tensor offsets, Tensor? cu_seqlens"
 register(
     f"grouped_mlp(Tensor x, {_LAYERS}, {_ROUTING}, str activation, Tensor? residual, Tensor? scale, "
     "bool for_backward, str backend) -> (Tensor, Tensor, Tensor)",

@@ -15,6 +15,7 @@ from ._checks import (
     require,
     require_floating,
     require_parameter,
+    require_routed_features,
     require_routing,
     require_shape,
 )
@@ -24,7 +25,7 @@ from .grouped_linear import check_weights, grouped_linear
 
 
 def norm_grouped_linear(
-    x: Tensor,  # (B, T, K)
+    x: Tensor,  # (B, T, K) or (R, K)
     norm_weight: Tensor,  # (E, K)
     norm_bias: Tensor | None,  # (E, K)
     weight: Tensor | Sequence[Tensor],  # (E, N, K)
@@ -34,7 +35,7 @@ def norm_grouped_linear(
     norm_eps: float = 1e-5,
     activation: str = "none",
     backend: str = "auto",
-) -> Tensor:  # (B, T, N)
+) -> Tensor:  # (B, T, N) or (R, N)
     """Apply to each tile the LayerNorm and the linear layer of its expert.
 
     ``h = grouped_layer_norm(x, routing)``, ``y = grouped_linear(h, routing)`` by one backend, bit for bit: both halves
@@ -44,7 +45,8 @@ def norm_grouped_linear(
     gradients and dtypes of their own.
 
     Args:
-        x: (B, T, K), B tiles of T tokens; float16, bfloat16, float32 or float64.
+        x: (B, T, K), B tiles of T tokens, or packed rows (R, K) where ``routing.cu_seqlens`` is given; float16,
+            bfloat16, float32 or float64.
         norm_weight: (E, K), device and dtype of ``x``; beside float32 features also half precision, as all that follow.
         norm_bias: (E, K) or None.
         weight: (E, N, K), or a sequence of weights (E, N_i, K) whose outputs lie side by side, N = sum N_i.
@@ -55,15 +57,16 @@ def norm_grouped_linear(
         backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
 
     Returns:
-        (B, T, N) in the dtype of ``x`` (of autocast, under autocast); the normalised features are rounded to the dtype
-        of ``x``, sums accumulated in float32 or better.
+        (B, T, N), or (R, N) for packed rows, in the dtype of ``x`` (of autocast, under autocast); the normalised
+        features are rounded to the dtype of ``x``, sums accumulated in float32 or better.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or name.
         RuntimeError: no backend can run the call.
 
     Cost:
-        Memory: the output and the normalised features. At most two launches on a GPU. Never waits for the device.
+        Memory: the output and the normalised features. At most two launches on a GPU, always two for packed rows.
+        Never waits for the device.
 
     Example:
         >>> x = torch.tensor([[[3.0, 1.0]], [[3.0, 1.0]]])
@@ -94,9 +97,7 @@ def norm_grouped_linear(
         norm_eps,
         weights,
         biases,
-        routing.expert,
-        routing.order,
-        routing.offsets,
+        *routing.ids,
         activation,
         backend,
     )
@@ -104,35 +105,38 @@ def norm_grouped_linear(
 
 def _check(x, gain, offset, eps, weights, biases, activation, routing) -> None:
     op = "norm_grouped_linear"
-    experts, _ = check_weights(op, x, weights, biases, activation)
+    experts, _ = check_weights(op, weights, biases, activation, x)
+    require_routed_features(op, x, weights[0].shape[2], routing)
     check_norm(op, x, gain, offset, eps, experts)
     require_routing(op, routing, x, experts)
 
 
 def check_norm(op, x, gain, offset, eps, experts) -> None:
     """Check the LayerNorm before a linear layer of that many experts."""
-    require_shape(op, "norm_weight", gain, experts, x.shape[2])
+    require_shape(op, "norm_weight", gain, experts, x.shape[-1])
     require_parameter(op, "norm_weight", gain, x)
     if offset is not None:
-        require_shape(op, "norm_bias", offset, experts, x.shape[2])
+        require_shape(op, "norm_bias", offset, experts, x.shape[-1])
         require_parameter(op, "norm_bias", offset, x)
     require(eps >= 0, op, "norm_eps", "be at least 0", eps)
 
 
 def _run(x, norm_weight, norm_bias, norm_eps, weights, *rest):
     *rest, backend = rest
-    widths = (x.shape[2], sum(w.shape[1] for w in weights))
-    chosen = pick("norm_grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
+    widths = (x.shape[-1], sum(w.shape[1] for w in weights))
+    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    chosen = pick("norm_grouped_linear", backend, widths=widths, **place)
     return chosen.norm_grouped_linear(x, norm_weight, norm_bias, norm_eps, weights, *rest)
 
 
 def _fake(x, norm_weight, norm_bias, norm_eps, weights, *rest):
-    return x.new_empty(*x.shape[:2], sum(w.shape[1] for w in weights))
+    return x.new_empty(*x.shape[:-1], sum(w.shape[1] for w in weights))
 
 
 register(
     "norm_grouped_linear(Tensor x, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor[] weights, "
-    "Tensor[] biases, Tensor expert, Tensor order, Tensor offsets, str activation, str backend) -> Tensor",
+    "Tensor[] biases, Tensor expert, Tensor order, Tensor offsets, Tensor? cu_seqlens, str activation, "
+    "str backend) -> Tensor",
     _run,
     _fake,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixpert_kernels.backends import pick
 from mixpert_kernels.routing import Routing, check_expert_ids, check_ids
 
-from ._checks import require, require_floating, require_shape
+from ._checks import require, require_features, require_floating, require_shape, tiles_of
 from ._library import register, register_gradient, register_no_second_gradient
 
 STRATEGIES = ("direct", "score_threshold", "score_difference")
@@ -61,10 +61,11 @@ class RouterWeights(NamedTuple):
 
 
 def route(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D) or (R, D)
     weights: RouterWeights,
     strategy: Strategy,
     *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
     image_of_tile: Tensor | None = None,  # (B,)
     base_tile: Tensor | None = None,  # (I,)
     expert: Tensor | None = None,  # (I,)
@@ -107,9 +108,10 @@ def route(
     """
     require(isinstance(strategy, Strategy), "route", "strategy", "be a Strategy", strategy)
     require(eps >= 0, "route", "eps", "be at least 0", eps)
-    check_router(x, weights, image_of_tile, base_tile, expert)
+    check_router(x, weights, cu_seqlens, image_of_tile, base_tile, expert)
     scores, _, *routing = torch.ops.mixpert.route(
         x,
+        cu_seqlens,
         image_of_tile,
         base_tile,
         expert,
@@ -120,10 +122,10 @@ def route(
         strategy.against,
         backend,
     )
-    return Routing(*routing, scores)
+    return Routing(*routing, scores, cu_seqlens)
 
 
-def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
+def check_router(x, weights, cu_seqlens, image_of_tile, base_tile, expert) -> None:
     require_floating("route", "x", x)
     norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias = weights
     for name, tensor in weights._asdict().items():
@@ -131,7 +133,7 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
             require_floating("route", name, tensor)
     require_shape("route", "norm_weight", norm_weight, "D")
     width = norm_weight.shape[0]
-    require_shape("route", "x", x, "B", "T", width)
+    require_features("route", x, width, cu_seqlens, "cu_seqlens")
     require_shape("route", "norm_bias", norm_bias, width)
     require(
         (hidden_weight is None) == (hidden_bias is None),
@@ -159,13 +161,13 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
             raise ValueError(
                 f"route: {name} must be on the device of x, {x.device}, got {tensor.device}"
             )
-    images = x.shape[0]
+    images = batch = tiles_of(x, cu_seqlens)
     if image_of_tile is not None:
-        require_shape("route", "image_of_tile", image_of_tile, x.shape[0])
+        require_shape("route", "image_of_tile", image_of_tile, batch)
         require_shape("route", "base_tile", base_tile, "I")
         images = base_tile.shape[0]
         check_ids("route", "image_of_tile", image_of_tile, images)
-        check_ids("route", "base_tile", base_tile, x.shape[0])
+        check_ids("route", "base_tile", base_tile, batch)
     if expert is not None:
         check_expert_ids("route", expert, weight.shape[0])
         require_shape("route", "expert", expert, images)
@@ -173,25 +175,25 @@ def check_router(x, weights, image_of_tile, base_tile, expert) -> None:
 
 def _pick(backend, x, hidden_weight, weight):
     hidden = () if hidden_weight is None else hidden_weight.shape[:1]
-    widths = (x.shape[2], *hidden, weight.shape[0])
-    return pick("route", backend, device=x.device, dtype=x.dtype, widths=widths)
+    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    return pick("route", backend, widths=(x.shape[-1], *hidden, weight.shape[0]), **place)
 
 
-def _run(x, image_of_tile, base_tile, expert, *rest):
+def _run(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
     chosen = _pick(backend, x, rest[2], rest[4])
     with torch.autocast(x.device.type, enabled=False):  # scores are float32 under autocast too
-        return chosen.route(x, image_of_tile, base_tile, expert, *rest)
+        return chosen.route(x, cu_seqlens, image_of_tile, base_tile, expert, *rest)
 
 
-def _fake(x, image_of_tile, base_tile, expert, *rest):
-    weight = rest[4]
-    images = x.shape[0] if base_tile is None else base_tile.shape[0]
-    ids = x.new_empty(x.shape[0], dtype=torch.int32)
+def _fake(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):
+    weight, batch = rest[4], tiles_of(x, cu_seqlens)
+    images = batch if base_tile is None else base_tile.shape[0]
+    ids = x.new_empty(batch, dtype=torch.int32)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         x.new_empty(images, weight.shape[0], dtype=wide),
-        x.new_empty(images, x.shape[2], dtype=wide),
+        x.new_empty(images, x.shape[-1], dtype=wide),
         ids,
         torch.empty_like(ids),
         ids.new_empty(weight.shape[0] + 1),
@@ -199,10 +201,10 @@ def _fake(x, image_of_tile, base_tile, expert, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, base_tile, _, *weights, eps, _, _, _, backend = inputs
+    x, cu_seqlens, _, base_tile, _, *weights, eps, _, _, _, backend = inputs
     scores, pooled, *ids = output
     ctx.mark_non_differentiable(*ids)
-    ctx.save_for_backward(x, base_tile, *weights[:5], scores, pooled)
+    ctx.save_for_backward(x, cu_seqlens, base_tile, *weights[:5], scores, pooled)
     ctx.eps, ctx.backend = eps, backend
 
 
@@ -210,24 +212,24 @@ def _backward(ctx, dscores, dpooled, *_):
     dx, *dweights = torch.ops.mixpert.route_backward(
         dscores, dpooled, *ctx.saved_tensors, ctx.eps, ctx.needs_input_grad[0], ctx.backend
     )
-    grads = [dx, None, None, None, *dweights]
+    grads = [dx, *[None] * 4, *dweights]
     return (
         *[
             g if needed else None
-            for g, needed in zip(grads, ctx.needs_input_grad[:10], strict=True)
+            for g, needed in zip(grads, ctx.needs_input_grad[:11], strict=True)
         ],
         *[None] * 5,
     )
 
 
-def _run_backward(dscores, dpooled, x, base_tile, *rest):
+def _run_backward(dscores, dpooled, x, cu_seqlens, base_tile, *rest):
     *rest, backend = rest
     chosen = _pick(backend, x, rest[2], rest[4])
     with torch.autocast(x.device.type, enabled=False):
-        return chosen.route_backward(dscores, dpooled, x, base_tile, *rest)
+        return chosen.route_backward(dscores, dpooled, x, cu_seqlens, base_tile, *rest)
 
 
-def _fake_backward(dscores, dpooled, x, base_tile, *rest):
+def _fake_backward(dscores, dpooled, x, cu_seqlens, base_tile, *rest):
     *weights, _scores, _pooled, _eps, needs_x, _backend = rest
     norm_weight, norm_bias, hidden_weight, hidden_bias, weight = weights
     empty = x.new_empty(0)
@@ -244,14 +246,15 @@ def _fake_backward(dscores, dpooled, x, base_tile, *rest):
 
 _WEIGHTS = "Tensor norm_weight, Tensor norm_bias, Tensor? hidden_weight, Tensor? hidden_bias, Tensor weight"
 register(
-    f"route(Tensor x, Tensor? image_of_tile, Tensor? base_tile, Tensor? expert, {_WEIGHTS}, Tensor bias, float eps, "
-    "str strategy, float threshold, str against, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"route(Tensor x, Tensor? cu_seqlens, Tensor? image_of_tile, Tensor? base_tile, Tensor? expert, {_WEIGHTS}, "
+    "Tensor bias, float eps, str strategy, float threshold, str against, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )
 register(
-    f"route_backward(Tensor dscores, Tensor dpooled, Tensor x, Tensor? base_tile, {_WEIGHTS}, Tensor scores, "
-    "Tensor pooled, float eps, bool needs_x, str backend) -> Tensor[]",
+    f"route_backward(Tensor dscores, Tensor dpooled, Tensor x, Tensor? cu_seqlens, Tensor? base_tile, {_WEIGHTS}, "
+    "Tensor scores, Tensor pooled, float eps, bool needs_x, str backend) -> Tensor[]",
     _run_backward,
     _fake_backward,
 )

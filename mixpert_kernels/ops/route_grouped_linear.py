@@ -11,7 +11,7 @@ from torch import Tensor
 from mixpert_kernels.backends import pick
 from mixpert_kernels.routing import Routing
 
-from ._checks import autocast_dtype, require
+from ._checks import autocast_dtype, require, require_features, tiles_of
 from ._library import register
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import check_weights, grouped_linear
@@ -22,12 +22,12 @@ from .route import RouterWeights, Strategy, check_router, route
 class RoutedLinear(NamedTuple):
     """What ``route_grouped_linear`` returns."""
 
-    y: Tensor  # (B, T, N)
+    y: Tensor  # (B, T, N) or (R, N)
     routing: Routing
 
 
 def route_grouped_linear(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D) or (R, D)
     router: RouterWeights,
     strategy: Strategy,
     norm_weight: Tensor,  # (E, D)
@@ -35,6 +35,7 @@ def route_grouped_linear(
     weight: Tensor | Sequence[Tensor],  # (E, N, D)
     bias: Tensor | Sequence[Tensor] | None,  # (E, N)
     *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,)
     image_of_tile: Tensor | None = None,  # (B,)
     base_tile: Tensor | None = None,  # (I,)
     expert: Tensor | None = None,  # (I,)
@@ -92,11 +93,18 @@ def route_grouped_linear(
     """
     weights = [weight] if weight is None or isinstance(weight, Tensor) else list(weight)
     biases = [] if bias is None else [bias] if isinstance(bias, Tensor) else list(bias)
-    images = {"image_of_tile": image_of_tile, "base_tile": base_tile, "expert": expert}
+    images = {
+        "cu_seqlens": cu_seqlens,
+        "image_of_tile": image_of_tile,
+        "base_tile": base_tile,
+        "expert": expert,
+    }
     _check_router(x, router, strategy, images, router_eps)
     separate = autocast_dtype(x) is not None
     if not separate:
-        _check_layer(x, router, norm_weight, norm_bias, norm_eps, weights, biases, activation)
+        _check_layer(
+            x, cu_seqlens, router, norm_weight, norm_bias, norm_eps, weights, biases, activation
+        )
         tensors = [x, *router, norm_weight, norm_bias, *weights, *biases]
         separate = torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in tensors
@@ -122,7 +130,7 @@ def route_grouped_linear(
         activation,
         backend,
     )
-    return RoutedLinear(y, Routing(*ids, scores))
+    return RoutedLinear(y, Routing(*ids, scores, cu_seqlens))
 
 
 def _check_router(x, router, strategy, images, eps) -> None:
@@ -135,30 +143,32 @@ def _check_router(x, router, strategy, images, eps) -> None:
     check_router(x, router, *images.values())
 
 
-def _check_layer(x, router, gain, offset, eps, weights, biases, activation) -> None:
+def _check_layer(x, cu_seqlens, router, gain, offset, eps, weights, biases, activation) -> None:
     op = "route_grouped_linear"
-    experts, _ = check_weights(op, x, weights, biases, activation)
+    experts, _ = check_weights(op, weights, biases, activation, x)
+    require_features(op, x, weights[0].shape[2], cu_seqlens, "cu_seqlens")
     check_norm(op, x, gain, offset, eps, experts)
     routed = router.weight.shape[0]
     require(routed == experts, op, "router", f"score the weight's {experts} experts", routed)
 
 
-def _run(x, image_of_tile, base_tile, expert, *rest):
+def _run(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
-    widths = (x.shape[2], sum(w.shape[1] for w in rest[13]))
-    chosen = pick("route_grouped_linear", backend, device=x.device, dtype=x.dtype, widths=widths)
-    return chosen.route_grouped_linear(x, image_of_tile, base_tile, expert, *rest)
+    widths = (x.shape[-1], sum(w.shape[1] for w in rest[13]))
+    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    chosen = pick("route_grouped_linear", backend, widths=widths, **place)
+    return chosen.route_grouped_linear(x, cu_seqlens, image_of_tile, base_tile, expert, *rest)
 
 
-def _fake(x, image_of_tile, base_tile, expert, *rest):
+def _fake(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):
     *_, router_bias, _eps, _strategy, _threshold, _against = rest[:10]
     weights = rest[13]
-    experts = router_bias.shape[0]
-    images = x.shape[0] if base_tile is None else base_tile.shape[0]
+    experts, batch = router_bias.shape[0], tiles_of(x, cu_seqlens)
+    images = batch if base_tile is None else base_tile.shape[0]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ids = x.new_empty(x.shape[0], dtype=torch.int32)
+    ids = x.new_empty(batch, dtype=torch.int32)
     return (
-        x.new_empty(*x.shape[:2], sum(w.shape[1] for w in weights)),
+        x.new_empty(*x.shape[:-1], sum(w.shape[1] for w in weights)),
         x.new_empty(images, experts, dtype=wide),
         ids,
         torch.empty_like(ids),
@@ -171,9 +181,9 @@ _ROUTER = (
     "Tensor router_weight, Tensor router_bias, float router_eps, str strategy, float threshold, str against"
 )
 register(
-    f"route_grouped_linear(Tensor x, Tensor? image_of_tile, Tensor? base_tile, Tensor? expert, {_ROUTER}, "
-    "Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor[] weights, Tensor[] biases, str activation, "
-    "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"route_grouped_linear(Tensor x, Tensor? cu_seqlens, Tensor? image_of_tile, Tensor? base_tile, Tensor? expert, "
+    f"{_ROUTER}, Tensor norm_weight, Tensor? norm_bias, float norm_eps, Tensor[] weights, Tensor[] biases, "
+    "str activation, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run,
     _fake,
 )

@@ -22,9 +22,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def ids(expert: Sequence[int] = EXPERT, experts: int = EXPERTS) -> tuple[Tensor, Tensor, Tensor]:
-    """expert, order, offsets."""
-    return Routing.forced(torch.tensor(expert), experts)[:3]
+def ids(expert: Sequence[int] = EXPERT, experts: int = EXPERTS) -> tuple[Tensor | None, ...]:
+    """expert, order, offsets, cu_seqlens."""
+    return Routing.forced(torch.tensor(expert), experts).ids
 
 
 def to(dtype: torch.dtype, value: Any) -> Any:

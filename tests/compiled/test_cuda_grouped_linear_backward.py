@@ -191,7 +191,7 @@ def test_sums_take_an_experts_chunks_in_order():
     parts = normal(3, 13, 40).float()
     for dtype in DTYPES:
         with emulated():
-            first, second = sums_by_expert(parts, [36, 4], *ids()[1:], EXPERTS, dtype)
+            first, second = sums_by_expert(parts, [36, 4], *ids()[1:3], EXPERTS, dtype)
         together = torch.cat([first, second], 1)
         assert not together[[1, 3]].any(), "an expert without a tile"
         warps = kernels(80)["sum_by_expert_bf16"].constants["threads"] // 32

@@ -116,7 +116,7 @@ def test_nan_spoils_its_expert_alone(size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_weight_gradients_are_added_to_a_main_gradient(dtype, widths):
     dz, x, widths, _ = to(dtype, problem(17, 72, widths))
-    _, order, offsets = ids(EXPERT)
+    _, order, offsets, _ = ids(EXPERT)
     main = [normal(EXPERTS, width, 72).float() for width in widths]
     with emulated():
         plain = grouped_outer(dz, x, widths, order, offsets, EXPERTS, torch.float32)
@@ -130,7 +130,7 @@ def test_weight_gradients_are_added_to_a_main_gradient(dtype, widths):
 @pytest.mark.parametrize("size", SIZES)
 def test_loads_fill_their_sectors_and_no_banks_conflict(size, arch):
     dz, x, widths, expert = to(torch.bfloat16, problem(128, 128, (128,), (0, 1, 0)))
-    _, order, offsets = ids(expert)
+    _, order, offsets, _ = ids(expert)
     with emulated(arch, choose=size) as launches:
         grouped_outer(dz, x, widths, order, offsets, EXPERTS, dz.dtype)
     ((kernel, stats),) = launches

@@ -42,7 +42,7 @@ RULE = ("score_difference", 0.1, "runner_up")
 def run(backend, x, weights, expert=None, ragged=True, rule=RULE):
     """scores, pooled, expert, order, offsets."""
     tiles = [torch.tensor(t) for t in RAGGED] if ragged else (None, None)
-    return backend.route(x, *tiles, expert, *weights, EPS, *rule)
+    return backend.route(x, None, *tiles, expert, *weights, EPS, *rule)
 
 
 def double(tensors):
@@ -145,7 +145,7 @@ def test_the_sort_of_more_tiles_than_a_warp_has_lanes(batch):
     base = torch.searchsorted(of_image, torch.arange(int(of_image[-1]) + 1))
     rule = ("direct", 0.0, "runner_up")
     with emulated(resident_ctas=64):
-        got = route.route(x, of_image, base, None, *weights, EPS, *rule)
+        got = route.route(x, None, of_image, base, None, *weights, EPS, *rule)
     assert got[2].unique().numel() > 3, "a test of sorting needs several experts"
     check_decision(got, of_image, rule, 5)
 
@@ -212,7 +212,7 @@ def test_gradients(hidden):
     def gradients(backend, x, weights, scores, pooled):
         given = (t.to(scores.dtype) for t in (dscores, dpooled / 10))
         rest = (*weights[:5], scores, pooled, EPS, True)
-        return backend.route_backward(*given, x, torch.tensor(RAGGED[1]), *rest)
+        return backend.route_backward(*given, x, None, torch.tensor(RAGGED[1]), *rest)
 
     with emulated():
         got = gradients(route, x, weights, *wanted[:2])

@@ -70,7 +70,7 @@ def problem(
 
 def fused(p):
     layer = (p["weights"], p["biases"], p["activation"])
-    arguments = (p["x"], *p["images"], *p["router"], *p["rule"], *p["norm"], *layer)
+    arguments = (p["x"], None, *p["images"], *p["router"], *p["rule"], *p["norm"], *layer)
     return route_grouped_linear.route_grouped_linear(*arguments)
 
 
@@ -79,19 +79,19 @@ def given(p):
     ids = Routing.forced(
         torch.tensor([2, 0, 2, 3]) % p["router"][-1].shape[0], p["router"][-1].shape[0]
     )[:3]
-    layer = (p["weights"], p["biases"], *ids, p["activation"])
+    layer = (p["weights"], p["biases"], *ids, None, p["activation"])
     return norm_grouped_linear.norm_grouped_linear(p["x"], *p["norm"], *layer), ids
 
 
 def normalised_and_multiplied(p, ids):
     gain, offset, eps = p["norm"]
-    h, _, _ = grouped_layer_norm.grouped_layer_norm(p["x"], gain, offset, *ids, eps)
-    layer = (p["weights"], p["biases"], *ids, p["activation"])
+    h, _, _ = grouped_layer_norm.grouped_layer_norm(p["x"], gain, offset, *ids, None, eps)
+    layer = (p["weights"], p["biases"], *ids, None, p["activation"])
     return grouped_linear.grouped_linear(h, *layer, None, None, False)[0]
 
 
 def separate(p):
-    scores, _, *ids = route.route(p["x"], *p["images"], *p["router"], *p["rule"])
+    scores, _, *ids = route.route(p["x"], None, *p["images"], *p["router"], *p["rule"])
     return normalised_and_multiplied(p, ids), scores, *ids
 
 

@@ -99,7 +99,7 @@ def test_bits_depend_on_an_experts_own_tiles_alone(arch, tma):
 @pytest.mark.parametrize("arch, tma", CHIPS)
 def test_weight_gradients_are_added_to_a_main_gradient(arch, tma):
     dz, x = (normal(len(EXPERT), 17, width, seed=width).bfloat16() for width in (136, 72))
-    _, order, offsets = ids()
+    _, order, offsets, _ = ids()
     main = normal(EXPERTS, 136, 72).float()
     with path(tma), emulated(arch) as launches:
         (plain,) = grouped_outer(dz, x, [136], order, offsets, EXPERTS, torch.float32)

@@ -43,7 +43,9 @@ def ours():
 def run(backend, x, weights, expert=None, ragged=True):
     """scores, pooled, expert, order, offsets."""
     tiles = [torch.tensor(t) for t in RAGGED] if ragged else (None, None)
-    return backend.route(x, *tiles, expert, *weights, EPS, "score_difference", 0.1, "runner_up")
+    return backend.route(
+        x, None, *tiles, expert, *weights, EPS, "score_difference", 0.1, "runner_up"
+    )
 
 
 def double(tensors):
@@ -80,7 +82,7 @@ def test_scores_decisions_and_gradients(arch, dtype, tokens, width, experts, hid
     def gradients(backend, x, weights, scores, pooled):
         given = (t.to(scores.dtype) for t in (dscores, dpooled / 10))
         rest = (*weights[:5], scores, pooled, EPS, True)
-        return backend.route_backward(*given, x, torch.tensor(RAGGED[1]), *rest)
+        return backend.route_backward(*given, x, None, torch.tensor(RAGGED[1]), *rest)
 
     with emulated(arch=arch, resident_ctas=3) as launches:
         got = gradients(ours(), x, weights, *wanted[:2])

@@ -65,15 +65,15 @@ def problem(
 
 def fused(p):
     layer = (p["weights"], p["biases"], p["activation"])
-    arguments = (p["x"], *p["images"], *p["router"], *p["rule"], *p["norm"], *layer)
+    arguments = (p["x"], None, *p["images"], *p["router"], *p["rule"], *p["norm"], *layer)
     return route_grouped_linear.route_grouped_linear(*arguments)
 
 
 def separate(p):
     gain, offset, eps = p["norm"]
-    scores, _, *ids = route.route(p["x"], *p["images"], *p["router"], *p["rule"])
-    h, _, _ = grouped_layer_norm.grouped_layer_norm(p["x"], gain, offset, *ids, eps)
-    layer = (p["weights"], p["biases"], *ids, p["activation"])
+    scores, _, *ids = route.route(p["x"], None, *p["images"], *p["router"], *p["rule"])
+    h, _, _ = grouped_layer_norm.grouped_layer_norm(p["x"], gain, offset, *ids, None, eps)
+    layer = (p["weights"], p["biases"], *ids, None, p["activation"])
     y, _ = grouped_linear.grouped_linear(h, *layer, None, None, False)
     return y, scores, *ids
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
+from mixpert_kernels.backends.uniform import refuse_packed
 
 from . import _configs, _launch
 from ._operands import aligned_pieces, alike, cdiv, named, padded
@@ -18,11 +19,14 @@ def linear_dx(
     order: Tensor,  # (B,) int32
     activation: str = "none",
     pre: Tensor | None = None,  # (B, T, K)
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor | None]:  # dx (B, T, K), h (B, T, K)
     """Return ``dx = (sum_i dz_i @ weights[i][e]) * act'(pre)`` and ``h = act(pre)``; without ``pre``, dz @ W and None.
 
     One launch for up to three weights of one shape and layout; others are concatenated first.
     """
+    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     (batch, tokens, _), columns = dz.shape, weights[0].shape[2]
     kernel = _configs.of_size(
         f"grouped_linear_backward_{_configs.SUFFIX[dz.dtype]}",

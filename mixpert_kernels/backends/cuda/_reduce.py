@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
+from mixpert_kernels.backends.uniform import refuse_packed
 
 from . import _configs, _launch
 from ._operands import WEIGHTS, aligned, cdiv, named, rows_dense, strides
@@ -24,12 +25,15 @@ def backward_parts(
     needs_bias: bool,
     needs_scale: bool,
     needs_dz: bool = True,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor | None]:  # (B, T, N), (B, S, N) or (B, S, 2 N) float32
     """dz = dy * scale * act'(pre), and the parts of the sums for bias and for scale side by side, in one launch.
 
     dz is dy itself where there is neither an activation nor a scale. ``pre`` is read where there is an activation, or
     for scale.
     """
+    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     dy = rows_dense(dy)
     unchanged = scale is None and activation == "none"
     needs_dz = needs_dz and not unchanged
@@ -70,11 +74,14 @@ def sums_by_expert(
     offsets: Tensor,  # (E + 1,) int32
     num_experts: int,
     dtype: torch.dtype,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> list[Tensor]:  # each (E, widths[i])
     """Sums over S and the tiles of each expert, in order, a tensor for each of ``widths``; a launch for up to three.
 
     Exact zeros for an expert without a tile.
     """
+    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     kernel = f"sum_by_expert_{_configs.SUFFIX[dtype]}"
     columns = _launch.kernels()[kernel].constants["columns"]
     outs = [partial.new_empty(num_experts, width, dtype=dtype) for width in widths]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._operands import cdiv, padded, rows_dense, strides
 from ._reduce import sums_by_expert
@@ -17,8 +19,10 @@ def grouped_layer_norm(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1) float32, rstd (B, T, 1) float32
+    refuse_packed("grouped_layer_norm", "cuda", cu_seqlens)
     batch, tokens, width = x.shape
     kernel = f"grouped_layer_norm_{_configs.SUFFIX[x.dtype]}"
     facts = _launch.kernels()[kernel]
@@ -58,7 +62,9 @@ def grouped_layer_norm_backward(
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     offsets: Tensor,  # (E + 1,) int32
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
+    refuse_packed("grouped_layer_norm", "cuda", cu_seqlens)
     batch, tokens, width = x.shape
     kernel = f"grouped_layer_norm_backward_{_configs.SUFFIX[x.dtype]}"
     if not vectors(x):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
+from mixpert_kernels.backends.uniform import refuse_packed
 
 from . import _configs, _launch, _wgmma
 from ._backward import grouped_linear_backward
@@ -22,6 +23,7 @@ def grouped_linear(
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     residual: Tensor | None,  # (B, T, N)
     scale: Tensor | None,  # (E, N)
@@ -32,6 +34,7 @@ def grouped_linear(
     Rows of x and of the weights that do not begin at multiples of 16 bytes, and weights of another dtype, are copied
     first.
     """
+    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     width = sum(w.shape[1] for w in weights)
     x, weights = padded(x), [padded(w.to(x.dtype)) for w in weights]
     y = x.new_empty(*x.shape[:2], width)

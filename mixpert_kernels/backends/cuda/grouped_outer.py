@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._operands import ALIGNMENT, WEIGHTS, aligned_pieces, cdiv, named, padded, strides
 
@@ -21,6 +23,8 @@ def grouped_outer(
     dtype: torch.dtype,
     out: list[Tensor] | None = None,  # each (E, widths[i], K) float32
     accumulate: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> list[Tensor]:  # each (E, widths[i], K)
     """dW_i[e] = sum over the tiles b of e of dz_i[b]^T x[b]; exact zeros for an expert without a tile.
 
@@ -37,6 +41,7 @@ def grouped_outer(
         out: main gradients to write instead of new tensors; contiguous.
         accumulate: add to ``out`` instead of overwriting it: an expert without a tile keeps what it has.
     """
+    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     if out is None:
         out = [x.new_empty(num_experts, width, x.shape[2], dtype=dtype) for width in widths]
     assert all(o.is_contiguous() and o.dtype in (x.dtype, torch.float32) for o in out)

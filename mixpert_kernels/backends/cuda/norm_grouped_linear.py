@@ -22,17 +22,19 @@ def norm_grouped_linear(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
 ) -> Tensor:  # (B, T, N)
     """Both ways give the same bits, so that the choice may depend on the batch.
 
     Below one wave the LayerNorm's launch and the idle end of it cost more than blocks that wait for their rows.
     """
-    wgmma = _tickets.multiplies_by_wgmma(x, weights)
+    ids, packed = (expert, order, offsets, cu_seqlens), cu_seqlens is not None
+    wgmma = not packed and _tickets.multiplies_by_wgmma(x, weights)
     kernel = f"norm_grouped_linear_{_configs.SUFFIX[x.dtype]}_{'wgmma' if wgmma else 'small'}"
-    if not (_tickets.serves(kernel, x, weights) and _below_one_wave(x, weights)):
-        layer = (norm_weight, norm_bias, norm_eps, weights, biases, expert, order, offsets)
-        return two_ops(grouped_layer_norm, grouped_linear, x, *layer, activation)
+    if packed or not (_tickets.serves(kernel, x, weights) and _below_one_wave(x, weights)):
+        layer = (norm_weight, norm_bias, norm_eps, weights, biases)
+        return two_ops(grouped_layer_norm, grouped_linear, x, *layer, *ids, activation)
     x, weights = _tickets.prepared(x, weights)
     args = _tickets.arguments(x, norm_weight, norm_bias, norm_eps, weights, biases, activation)
     facts = _launch.kernels()[kernel].constants

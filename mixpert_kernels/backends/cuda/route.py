@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._operands import cdiv, rows_dense, strides
 from ._route_backward import route_backward
@@ -19,6 +21,7 @@ RULES = {"direct": 0, "score_threshold": 1, "runner_up": 2, "versatile": 3}
 
 def route(
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
     expert: Tensor | None,  # (I,) forced
@@ -33,6 +36,7 @@ def route(
     threshold: float,
     against: str,
 ) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
+    refuse_packed("route", "cuda", cu_seqlens)
     kernel = f"route_{_configs.SUFFIX[x.dtype]}"
     x = rows_dense(x)
     router = (norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias)

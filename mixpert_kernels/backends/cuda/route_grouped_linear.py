@@ -19,6 +19,7 @@ MOST_WAVES = 2
 
 def route_grouped_linear(
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
     expert: Tensor | None,  # (I,) forced
@@ -50,12 +51,13 @@ def route_grouped_linear(
     )
     rule = (router_eps, strategy, threshold, against)
     name = f"route_grouped_linear_{_configs.SUFFIX[x.dtype]}"
-    wgmma = _tickets.multiplies_by_wgmma(x, weights)
+    packed = cu_seqlens is not None
+    wgmma = not packed and _tickets.multiplies_by_wgmma(x, weights)
     many = wgmma and _tickets.waves(x, weights) > MOST_WAVES
-    if many or not _tickets.serves(f"{name}_small", x, weights):
+    if packed or many or not _tickets.serves(f"{name}_small", x, weights):
         layer = (norm_weight, norm_bias, norm_eps, weights, biases, activation)
         separate = (route, grouped_layer_norm, grouped_linear)
-        return three_ops(*separate, x, *tiles, *router, *rule, *layer)
+        return three_ops(*separate, x, cu_seqlens, *tiles, *router, *rule, *layer)
     x, weights = _tickets.prepared(x, weights)
     blocks = _tickets.output_blocks(x, weights)
     kernel = f"{name}_wgmma" if wgmma else _configs.of_size(name, x.device, blocks)

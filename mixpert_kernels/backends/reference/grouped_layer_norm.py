@@ -13,6 +13,7 @@ def grouped_layer_norm(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1), rstd (B, T, 1)
     tiles = [
@@ -35,6 +36,7 @@ def grouped_layer_norm_backward(
     expert: Tensor,
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
     tiles = [
         torch.ops.aten.native_layer_norm_backward(

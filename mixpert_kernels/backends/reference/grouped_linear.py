@@ -18,6 +18,7 @@ def grouped_linear(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     residual: Tensor | None,  # (B, T, N)
     scale: Tensor | None,  # (E, N)
@@ -63,6 +64,7 @@ def grouped_linear_backward(
     expert: Tensor,
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     scale: Tensor | None,
     needs: list[bool],  # of x, weights, biases, scale

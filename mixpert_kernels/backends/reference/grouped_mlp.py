@@ -21,6 +21,7 @@ def two_layers(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     residual: Tensor | None,  # (B, T, N)
     scale: Tensor | None,  # (E, N)
@@ -30,7 +31,7 @@ def two_layers(
 
     Returns y and what backward needs: the first layer's pre-activation and, with a scale, the second's output.
     """
-    routing = (expert, order, offsets)
+    routing = (expert, order, offsets, cu_seqlens)
     h, pre1 = linear.grouped_linear(
         x, [weight1], _listed(bias1), *routing, activation, None, None, for_backward
     )
@@ -57,13 +58,14 @@ def two_layers_backward(
     expert: Tensor,
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     scale: Tensor | None,
     needs: list[bool],  # of x, weight1, bias1, weight2, bias2, scale
 ) -> list[Tensor]:  # in that order, empty where not needed
     """grouped_mlp_backward by the grouped_linear of any backend."""
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_scale = needs
-    routing = (expert, order, offsets)
+    routing = (expert, order, offsets, cu_seqlens)
     h = activated(activation, pre1)
     dh, dweight2, dbias2, dscale = linear.grouped_linear_backward(
         dy, h, [weight2], _listed(bias2), pre2, *routing, "none", scale,

@@ -21,10 +21,11 @@ def two_ops(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
 ) -> Tensor:  # (B, T, N)
     """norm_grouped_linear by the ops of any backend."""
-    ids = (expert, order, offsets)
+    ids = (expert, order, offsets, cu_seqlens)
     rows, _, _ = grouped_layer_norm(x, norm_weight, norm_bias, *ids, norm_eps)
     y, _ = grouped_linear(rows, weights, biases, *ids, activation, None, None, False)
     return y

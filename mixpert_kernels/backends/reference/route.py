@@ -47,6 +47,7 @@ def decide(scores: Tensor, strategy: str, threshold: float, against: str) -> Ten
 
 def route(
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,) int64
     base_tile: Tensor | None,  # (I,) int64
     expert: Tensor | None,  # (I,) forced
@@ -78,6 +79,7 @@ def route_backward(
     dscores: Tensor,  # (I, E)
     dpooled: Tensor,  # (I, D)
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     base_tile: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,

@@ -16,6 +16,7 @@ def three_ops(
     grouped_layer_norm: Callable,
     grouped_linear: Callable,
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,) int64
     base_tile: Tensor | None,  # (I,) int64
     expert: Tensor | None,  # (I,) forced
@@ -39,6 +40,7 @@ def three_ops(
     """route_grouped_linear by the ops of any backend."""
     scores, _, *ids = route(
         x,
+        cu_seqlens,
         image_of_tile,
         base_tile,
         expert,
@@ -54,7 +56,9 @@ def three_ops(
         against,
     )
     norm = (norm_weight, norm_bias, norm_eps)
-    y = two_ops(grouped_layer_norm, grouped_linear, x, *norm, weights, biases, *ids, activation)
+    y = two_ops(
+        grouped_layer_norm, grouped_linear, x, *norm, weights, biases, *ids, cu_seqlens, activation
+    )
     return y, scores, *ids
 
 

@@ -85,9 +85,10 @@ class Geometry:
         return weights, [self.new(self.E, width) for _ in range(count)]
 
     @property
-    def ids(self) -> tuple[Tensor, Tensor, Tensor]:
-        """expert, order, offsets."""
-        return tuple(self.new(n, dtype=torch.int32) for n in (self.B, self.B, self.E + 1))
+    def ids(self) -> tuple[Tensor | None, ...]:
+        """expert, order, offsets, cu_seqlens."""
+        sizes = (self.B, self.B, self.E + 1)
+        return *(self.new(n, dtype=torch.int32) for n in sizes), None
 
     def router(self, hidden: int) -> list[Tensor | None]:
         last = hidden or self.D
@@ -156,7 +157,7 @@ def _route(g: Geometry, hidden: int):
     from .route import route
 
     rule = (1e-6, "score_difference", 0.1, "runner_up")
-    route(g.tokens(g.D), None, None, None, *g.router(hidden), *rule)
+    route(g.tokens(g.D), None, None, None, None, *g.router(hidden), *rule)
 
 
 def _route_backward(g: Geometry, hidden: int):
@@ -164,7 +165,7 @@ def _route_backward(g: Geometry, hidden: int):
 
     scores, pooled = (g.new(g.B, n, dtype=torch.float32) for n in (g.E, g.D))
     router = g.router(hidden)[:5]
-    route_backward(scores, pooled, g.tokens(g.D), None, *router, scores, pooled, 1e-6, True)
+    route_backward(scores, pooled, g.tokens(g.D), None, None, *router, scores, pooled, 1e-6, True)
 
 
 def _routed_qkv(g: Geometry, hidden: int):
@@ -174,7 +175,17 @@ def _routed_qkv(g: Geometry, hidden: int):
     norm = (g.new(g.E, g.D), g.new(g.E, g.D), 1e-6)
     weights, biases = g.layer(g.D, g.D, 3)
     route_grouped_linear(
-        g.tokens(g.D), None, None, None, *g.router(hidden), *rule, *norm, weights, biases, "none"
+        g.tokens(g.D),
+        None,
+        None,
+        None,
+        None,
+        *g.router(hidden),
+        *rule,
+        *norm,
+        weights,
+        biases,
+        "none",
     )
 
 

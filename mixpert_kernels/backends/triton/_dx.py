@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._gemm import (
     alike,
@@ -108,11 +110,14 @@ def linear_dx(
     order: Tensor,  # (B,) int32
     activation: str = "none",
     pre: Tensor | None = None,  # (B, T, K)
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor | None]:  # dx (B, T, K), h (B, T, K)
     """Return ``dx = (sum_i dz_i @ weights[i][e]) * act'(pre)`` and ``h = act(pre)``; without ``pre``, dz @ W and None.
 
     One launch for up to three weights of one shape and layout; others are concatenated first.
     """
+    refuse_packed("grouped_linear", "triton", cu_seqlens)
     dz, weights = rows_dense(dz), [rows_dense(w) for w in weights]
     if alike(weights) < len(weights):
         weights = [torch.cat(weights, 1)]

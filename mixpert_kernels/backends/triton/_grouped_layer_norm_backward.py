@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._reduce import sum_by_expert
 from ._rows import aligned_rows, load_gain, load_rows, mean_of_rows, row_pointers
@@ -104,7 +106,9 @@ def grouped_layer_norm_backward(
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     offsets: Tensor,  # (E + 1,) int32
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
+    refuse_packed("grouped_layer_norm", "triton", cu_seqlens)
     batch, tokens, width = x.shape
     block = _configs.layer_norm(width, x.element_size(), backward=True)
     dy, x, weight = (aligned_rows(t) for t in (dy, x, weight))

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._gemm import WEIGHTS, rows_dense
 from ._math import activate, activate_grad
@@ -134,12 +136,15 @@ def backward_parts(
     needs_bias: bool,
     needs_scale: bool,
     needs_dz: bool = True,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor | None]:  # (B, T, N), (B, S, N) or (B, S, 2 N) float32
     """dz = dy * scale * act'(pre), and the parts of the sums for bias and for scale side by side, in one launch.
 
     dz is dy itself where there is neither an activation nor a scale. ``pre`` is read where there is an activation, or
     for scale.
     """
+    refuse_packed("grouped_linear", "triton", cu_seqlens)
     dy = rows_dense(dy)
     unchanged = scale is None and activation == "none"
     needs_dz = needs_dz and not unchanged
@@ -193,8 +198,11 @@ def sums_by_expert(
     offsets: Tensor,  # (E + 1,) int32
     num_experts: int,
     dtype: torch.dtype,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> list[Tensor]:  # each (E, widths[i])
     """The same as one tensor for each of ``widths``; one launch for up to three."""
+    refuse_packed("grouped_linear", "triton", cu_seqlens)
     config = _configs.SUM_BY_EXPERT
     outs = [partial.new_empty(num_experts, width, dtype=dtype) for width in widths]
     for first in range(0, len(widths), WEIGHTS):

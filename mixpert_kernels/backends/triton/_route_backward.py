@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._math import activate, activate_grad
 from ._route import GROUP, linear, load_vector, normalise, product, sum_rows, total
@@ -229,6 +231,7 @@ def route_backward(
     dscores: Tensor,  # (I, E)
     dpooled: Tensor,  # (I, D)
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     base_tile: Tensor | None,
     norm_weight: Tensor,
     norm_bias: Tensor,
@@ -240,6 +243,7 @@ def route_backward(
     eps: float,
     needs_x: bool,
 ) -> list[Tensor]:  # dx, dnorm_weight, dnorm_bias, dhidden_weight, dhidden_bias, dweight, dbias
+    refuse_packed("route", "triton", cu_seqlens)
     batch, tokens, width = x.shape
     (images, experts), hidden = scores.shape, 0 if hidden_weight is None else hidden_weight.shape[0]
     stride = 4 * width + 2 * hidden + experts

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._grouped_layer_norm_backward import (
     grouped_layer_norm_backward as grouped_layer_norm_backward,
@@ -57,8 +59,10 @@ def grouped_layer_norm(
     expert: Tensor,  # (B,) int32
     order: Tensor,
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1) float32, rstd (B, T, 1) float32
+    refuse_packed("grouped_layer_norm", "triton", cu_seqlens)
     batch, tokens, width = x.shape
     block = _configs.layer_norm(width, x.element_size())
     x, weight, bias = (aligned_rows(t) for t in (x, weight, bias))

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
+from mixpert_kernels.backends.uniform import refuse_packed
 
 from . import _configs, _launch
 from ._backward import grouped_linear_backward
@@ -110,12 +111,14 @@ def grouped_linear(
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     offsets: Tensor,
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     activation: str,
     residual: Tensor | None,  # (B, T, N)
     scale: Tensor | None,  # (E, N)
     for_backward: bool,
 ) -> tuple[Tensor, Tensor]:  # (B, T, N), pre-activation (B, T, N) or empty
     """One launch for up to three weights of one shape; a call with others takes one for each run of such weights."""
+    refuse_packed("grouped_linear", "triton", cu_seqlens)
     x, weights = rows_dense(x), [rows_dense(w) for w in weights]
     width = sum(w.shape[1] for w in weights)
     y = x.new_empty(*x.shape[:2], width)

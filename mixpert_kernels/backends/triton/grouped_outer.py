@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._gemm import WEIGHTS, describable, describe, locate, rows_dense
 
@@ -109,6 +111,8 @@ def grouped_outer(
     dtype: torch.dtype,
     out: list[Tensor] | None = None,  # each (E, widths[i], K) float32
     accumulate: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,  # (B + 1,) int32
 ) -> list[Tensor]:  # each (E, widths[i], K)
     """dW_i[e] = sum over the tiles b of e of dz_i[b]^T x[b]; exact zeros for an expert without a tile.
 
@@ -125,6 +129,7 @@ def grouped_outer(
         out: main gradients to write instead of new tensors; contiguous.
         accumulate: add to ``out`` instead of overwriting it: an expert without a tile keeps what it has.
     """
+    refuse_packed("grouped_linear", "triton", cu_seqlens)
     dz, x = rows_dense(dz), rows_dense(x)
     if out is None:
         out = [x.new_empty(num_experts, width, x.shape[2], dtype=dtype) for width in widths]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixpert_kernels.backends.uniform import refuse_packed
+
 from . import _configs, _launch
 from ._route import partial_pool, score_image, sort_tiles
 from ._route_backward import powers_of_two, route_backward
@@ -87,6 +89,7 @@ def _route_kernel(
 
 def route(
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
     expert: Tensor | None,  # (I,) forced
@@ -101,6 +104,7 @@ def route(
     threshold: float,
     against: str,
 ) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
+    refuse_packed("route", "triton", cu_seqlens)
     batch, tokens, width = x.shape
     images = batch if base_tile is None else base_tile.shape[0]
     experts = weight.shape[0]

@@ -213,6 +213,7 @@ def _route_grouped_linear_kernel(
 
 def route_grouped_linear(
     x: Tensor,  # (B, T, D)
+    cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
     expert: Tensor | None,  # (I,) forced
@@ -243,12 +244,12 @@ def route_grouped_linear(
         router_bias,
     )
     weights = [rows_dense(w) for w in weights]
-    config = _configs.tickets(_configs.chip(x.device), x.dtype, x.shape[2])
-    if config is None or alike(weights) < len(weights):
+    config = _configs.tickets(_configs.chip(x.device), x.dtype, x.shape[-1])
+    if cu_seqlens is not None or config is None or alike(weights) < len(weights):
         rule = (router_eps, strategy, threshold, against)
         layer = (norm_weight, norm_bias, norm_eps, weights, biases, activation)
         separate = (route, grouped_layer_norm, grouped_linear)
-        return three_ops(*separate, x, *images, *router, *rule, *layer)
+        return three_ops(*separate, x, cu_seqlens, *images, *router, *rule, *layer)
     given = zip(GIVEN, (*images, *router, norm_weight, norm_bias), strict=True)
     args = {name: None if t is None else t.contiguous() for name, t in given}
     args |= {**named("w{}", weights), **named("b{}_ptr", [b.contiguous() for b in biases])}
