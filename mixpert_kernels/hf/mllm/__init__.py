@@ -3,10 +3,13 @@
 from .features import router_features
 from .lora import lora_config
 from .mixpertize import mixpertize, unmixpertize
+from .monitoring import ExpertSharesCallback, expert_shares
 from .routes import forced_routing, record_routing
 from .saving import register
 
 __all__ = [
+    "ExpertSharesCallback",
+    "expert_shares",
     "forced_routing",
     "lora_config",
     "mixpertize",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import ExpertLayer
-from .mixpertize import settings_of
+from .mixpertize import owner_of
 from .routes import record_routing
 from .scope import pushed
 
@@ -40,11 +40,10 @@ def router_features(model: nn.Module, **inputs: Any) -> Tensor:  # (I, D) float3
         >>> features = router_features(model, **inputs)  # doctest: +SKIP
         >>> fit_router(model, features, torch.tensor([1, 2, 3]))  # doctest: +SKIP
     """
-    settings_of("router_features", model)
+    owner = owner_of("router_features", model)
     if inputs.get("pixel_values") is None:
         got = ", ".join(inputs) or "none"
         raise ValueError(f"router_features: inputs must hold pixel_values, got {got}")
-    owner = model.base_model
     taken = inspect.signature(owner.get_image_features).parameters
     given = {name: value for name, value in inputs.items() if name in taken}
     seen: list[Tensor] = []

@@ -186,6 +186,16 @@ def pushed(stack: str, entry: Any) -> Iterator[None]:
         entries.pop()
 
 
+def recording(entry: tuple[nn.Module, Any], on: bool) -> None:
+    """Append every record of a module to ``entry``'s list from now on, in this thread, or no longer.
+
+    Below the stack's other entries, which go as they came whenever this one does.
+    """
+    _state.records[:] = [other for other in _state.records if other is not entry]
+    if on:
+        _state.records.insert(0, entry)
+
+
 def prompt_of(owner: nn.Module) -> Tensor | None:
     """The input_ids that ``owner`` is being run with, where it is known."""
     return _innermost(_state.prompts, owner)
