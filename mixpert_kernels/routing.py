@@ -79,6 +79,11 @@ def counting_sort(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Ten
     return expert.to(torch.int32), order.to(torch.int32), offsets
 
 
+def tile_of_row(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """Return the tile of each of R packed rows, (R,) int32, without a host read."""
+    return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows)
+
+
 def check_expert_ids(caller: str, expert: Tensor, num_experts: int) -> None:
     """Raise ValueError unless ``expert`` is a 1-D integer tensor of ids below ``num_experts``."""
     if num_experts < 1:

@@ -20,7 +20,7 @@ def grouped_layer_norm(
         torch.native_layer_norm(
             x[first:last], x.shape[-1:], weight[e], None if bias is None else bias[e], eps
         )
-        for e, first, last in runs(expert)
+        for e, first, last in runs(expert, cu_seqlens)
     ]
     y, mean, rstd = (join(list(found)) for found in zip(*parts, strict=True))
     return y, mean, rstd
@@ -41,7 +41,7 @@ def grouped_layer_norm_backward(
     dweight = torch.zeros_like(weight)
     dbias = weight.new_empty(0) if bias is None else torch.zeros_like(bias)
     dxs = []
-    for e, first, last in runs(expert):
+    for e, first, last in runs(expert, cu_seqlens):
         part = slice(first, last)
         dx, dgain, dshift = torch.ops.aten.native_layer_norm_backward(
             *(dy[part], x[part], x.shape[-1:], mean[part], rstd[part], weight[e]),

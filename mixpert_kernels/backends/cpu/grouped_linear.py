@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixpert_kernels.backends.reference.activations import activate, activate_backward
 from mixpert_kernels.backends.reference.grouped_linear import stores_pre
+from mixpert_kernels.backends.reference.tiles import spread
 
 from .native import compute_dtype
 from .packing import packed
@@ -47,7 +48,7 @@ def grouped_linear(
 ) -> tuple[Tensor, Tensor]:  # (B, T, N), pre-activation (B, T, N) or empty
     keep = stores_pre(activation, scale, for_backward)
     ys, pres = [], []
-    for e, first, last in runs(expert):
+    for e, first, last in runs(expert, cu_seqlens):
         args = (x[first:last], weights, biases, scale, e)
         add = None if residual is None else residual[first:last]
         if for_backward:
@@ -113,27 +114,27 @@ def grouped_linear_backward(
     none = dy.new_empty(0)
     dscale = torch.zeros_like(scale) if needs_scale else none
     if needs_scale:
-        _add_sums(dscale, dy * activate(activation, pre), expert)
-    dz = dy if scale is None else dy * scale[expert][:, None].to(dy.dtype)
+        _add_sums(dscale, dy * activate(activation, pre), expert, cu_seqlens)
+    dz = dy if scale is None else dy * spread(scale[expert], dy, cu_seqlens).to(dy.dtype)
     dz = activate_backward(activation, dz, pre)
     parts = dz.split([w.shape[1] for w in weights], -1)
     dx = torch.empty_like(x) if needs_x else none  # every tile is in a run
     dweights = [torch.zeros_like(w) for w in weights] if needs_weight else []
     dbiases = [torch.zeros_like(b) for b in biases] if needs_bias else []
-    for e, first, last in runs(expert):
-        rows = x[first:last].flatten(0, 1)
+    for e, first, last in runs(expert, cu_seqlens):
+        rows = x[first:last].flatten(0, -2)
         for i, part in enumerate(parts):
-            d = part[first:last].flatten(0, 1)  # (R, N_i)
+            d = part[first:last].flatten(0, -2)  # (R, N_i)
             if needs_x:
                 dx[first:last].view(rows.shape).addmm_(d, weights[i][e], beta=min(i, 1))
             if needs_weight:
                 dweights[i][e].addmm_(d.T, rows)
     for dbias, part in zip(dbiases, parts, strict=False):
-        _add_sums(dbias, part, expert)
+        _add_sums(dbias, part, expert, cu_seqlens)
     return dx, dweights, dbiases, dscale
 
 
-def _add_sums(table: Tensor, rows: Tensor, expert: Tensor) -> None:
-    """Add to table (E, N) the rows (B, T, N) of each expert's tiles."""
-    for e, first, last in runs(expert):
-        table[e] += rows[first:last].sum((0, 1))
+def _add_sums(table: Tensor, rows: Tensor, expert: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Add to table (E, N) the rows (B, T, N) or (R, N) of each expert's tiles."""
+    for e, first, last in runs(expert, cu_seqlens):
+        table[e] += rows[first:last].sum((0, 1)[: rows.ndim - 1])

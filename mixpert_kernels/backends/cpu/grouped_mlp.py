@@ -8,4 +8,6 @@ from mixpert_kernels.backends.reference.grouped_mlp import two_layers, two_layer
 from . import grouped_linear as linear
 
 grouped_mlp = functools.partial(two_layers, linear)
-grouped_mlp_backward = functools.partial(two_layers_backward, linear, activate)
+grouped_mlp_backward = functools.partial(
+    two_layers_backward, linear, lambda activation, pre, cu_seqlens: activate(activation, pre)
+)

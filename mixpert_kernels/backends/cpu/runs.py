@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 
-def runs(expert: Tensor) -> list[tuple[int, int, int]]:
-    """Split a batch into runs of one expert: (expert, first tile, past-the-last tile)."""
+def runs(expert: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:
+    """Split a batch into runs of one expert: (expert, first tile, past-the-last tile), or rows where it is packed."""
+    bounds = range(len(expert) + 1) if cu_seqlens is None else cu_seqlens.tolist()
     found, first = [], 0
     for e, tiles in itertools.groupby(expert.tolist()):
         last = first + len(list(tiles))
-        found.append((e, first, last))
+        found.append((e, bounds[first], bounds[last]))
         first = last
-    return found
+    return [run for run in found if run[1] < run[2]]  # tiles may be without rows
 
 
 def join(parts: list[Tensor]) -> Tensor:

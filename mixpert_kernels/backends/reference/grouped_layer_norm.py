@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .grouped_linear import add_by_expert, row
+from .tiles import joined, tiles
 
 
 def grouped_layer_norm(
@@ -16,13 +17,13 @@ def grouped_layer_norm(
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1), rstd (B, T, 1)
-    tiles = [
+    parts = [
         torch.native_layer_norm(
             x_b, x.shape[-1:], row(weight, e), None if bias is None else row(bias, e), eps
         )
-        for x_b, e in zip(x, expert, strict=True)
+        for x_b, e in zip(tiles(x, cu_seqlens), expert, strict=True)
     ]
-    y, mean, rstd = (torch.stack(parts) for parts in zip(*tiles, strict=True))
+    y, mean, rstd = (joined(found, cu_seqlens) for found in zip(*parts, strict=True))
     return y, mean, rstd
 
 
@@ -38,21 +39,23 @@ def grouped_layer_norm_backward(
     offsets: Tensor,
     cu_seqlens: Tensor | None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
-    tiles = [
+    batch = (tiles(t, cu_seqlens) for t in (dy, x, mean, rstd))
+    parts = [
         torch.ops.aten.native_layer_norm_backward(
-            dy[b],
-            x[b],
+            dy_b,
+            x_b,
             x.shape[-1:],
-            mean[b],
-            rstd[b],
-            row(weight, expert[b]),
-            None if bias is None else row(bias, expert[b]),
+            mean_b,
+            rstd_b,
+            row(weight, e),
+            None if bias is None else row(bias, e),
             [True, True, bias is not None],
         )
-        for b in range(x.shape[0])
+        for dy_b, x_b, mean_b, rstd_b, e in zip(*batch, expert, strict=True)
     ]
-    dx, dweight_b, dbias_b = zip(*tiles, strict=True)
+    dx_b, dweight_b, dbias_b = zip(*parts, strict=True)
+    dx = joined(dx_b, cu_seqlens)
     dweight = add_by_expert(torch.stack(dweight_b), expert, weight)
     if bias is None:
-        return torch.stack(dx), dweight, weight.new_empty(0)
-    return torch.stack(dx), dweight, add_by_expert(torch.stack(dbias_b), expert, bias)
+        return dx, dweight, weight.new_empty(0)
+    return dx, dweight, add_by_expert(torch.stack(dbias_b), expert, bias)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import activate, activate_backward
+from .tiles import joined, own_memory, spread, tiles
 
 
 def grouped_linear(
@@ -26,15 +27,14 @@ def grouped_linear(
 ) -> tuple[Tensor, Tensor]:  # (B, T, N), pre-activation (B, T, N) or empty
     weight = torch.cat(weights, 1).to(x.dtype)
     bias = torch.cat(biases, 1).to(x.dtype) if biases else None
-    z = torch.stack(
-        [
-            F.linear(x_b, row(weight, e), None if bias is None else row(bias, e))
-            for x_b, e in zip(tiles(x), expert, strict=True)
-        ]
-    )
-    y = z if activation == "none" else torch.stack([activate(activation, tile) for tile in z])
+    zs = [
+        F.linear(x_b, row(weight, e), None if bias is None else row(bias, e))
+        for x_b, e in zip(own_memory(x, cu_seqlens), expert, strict=True)
+    ]
+    z = joined(zs, cu_seqlens)
+    y = activate_tiles(activation, z, cu_seqlens)
     if scale is not None:
-        y = y * scale[expert][:, None].to(y.dtype)
+        y = y * spread(scale[expert], y, cu_seqlens).to(y.dtype)
     if residual is not None:
         y = y + residual
     return y, z if stores_pre(activation, scale, for_backward) else x.new_empty(0)
@@ -45,9 +45,11 @@ def stores_pre(activation: str, scale: Tensor | None, for_backward: bool) -> boo
     return for_backward and (activation != "none" or scale is not None)
 
 
-def tiles(x: Tensor) -> list[Tensor]:
-    """The tiles of x (B, T, K), each in memory of its own: BLAS may round differently at another alignment."""
-    return [tile.clone() for tile in x]
+def activate_tiles(activation: str, z: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """act(z), tile by tile."""
+    if activation == "none":
+        return z
+    return joined([activate(activation, tile) for tile in tiles(z, cu_seqlens)], cu_seqlens)
 
 
 def row(table: Tensor, e: Tensor) -> Tensor:
@@ -73,26 +75,29 @@ def grouped_linear_backward(
     none = dy.new_empty(0)
     dscale = none
     if needs_scale:
-        rows = [(d * activate(activation, z)).sum(0) for d, z in zip(dy, pre, strict=True)]
+        parts = zip(tiles(dy, cu_seqlens), tiles(pre, cu_seqlens), strict=True)
+        rows = [(d * activate(activation, z)).sum(0) for d, z in parts]
         dscale = add_by_expert(torch.stack(rows), expert, scale)
-    dz = dy if scale is None else dy * scale[expert][:, None]
+    dz = dy if scale is None else dy * spread(scale[expert], dy, cu_seqlens)
     if activation != "none":
-        parts = zip(dz, pre, strict=True)
-        dz = torch.stack([activate_backward(activation, d, z) for d, z in parts])
+        parts = zip(tiles(dz, cu_seqlens), tiles(pre, cu_seqlens), strict=True)
+        dz = joined([activate_backward(activation, d, z) for d, z in parts], cu_seqlens)
     weight = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
     dx = none
     if needs_x:
-        dx = torch.stack([d @ row(weight, e) for d, e in zip(tiles(dz), expert, strict=True)])
+        parts = zip(own_memory(dz, cu_seqlens), expert, strict=True)
+        dx = joined([d @ row(weight, e) for d, e in parts], cu_seqlens)
     sizes = [w.shape[1] for w in weights]
     dweights = []
     if needs_weight:
         dweight = weight.new_zeros(weight.shape)
-        for dz_b, x_b, e in zip(tiles(dz), tiles(x), expert, strict=True):
+        batch = (own_memory(t, cu_seqlens) for t in (dz, x))
+        for dz_b, x_b, e in zip(*batch, expert, strict=True):
             dweight.index_add_(0, e.reshape(1), (dz_b.T @ x_b)[None])
         dweights = [d.contiguous() for d in dweight.split(sizes, 1)]
     dbiases = []
     if needs_bias:
-        rows = torch.stack([d.sum(0) for d in dz])
+        rows = torch.stack([d.sum(0) for d in tiles(dz, cu_seqlens)])
         dbias = add_by_expert(rows, expert, torch.cat(biases, 1))
         dbiases = [d.contiguous() for d in dbias.split(sizes, 1)]
     return dx, dweights, dbiases, dscale

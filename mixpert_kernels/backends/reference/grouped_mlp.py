@@ -4,11 +4,9 @@ import functools
 from collections.abc import Callable
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from . import grouped_linear as linear
-from .activations import activate
 
 
 def two_layers(
@@ -46,7 +44,7 @@ grouped_mlp = functools.partial(two_layers, linear)
 
 def two_layers_backward(
     linear: ModuleType,
-    activated: Callable[[str, Tensor], Tensor],  # computes h of pre1 again
+    activated: Callable[[str, Tensor, Tensor | None], Tensor],  # computes h of pre1 again
     dy: Tensor,  # (B, T, N)
     x: Tensor,  # (B, T, K)
     weight1: Tensor,
@@ -66,7 +64,7 @@ def two_layers_backward(
     """grouped_mlp_backward by the grouped_linear of any backend."""
     needs_x, needs_weight1, needs_bias1, needs_weight2, needs_bias2, needs_scale = needs
     routing = (expert, order, offsets, cu_seqlens)
-    h = activated(activation, pre1)
+    h = activated(activation, pre1, cu_seqlens)
     dh, dweight2, dbias2, dscale = linear.grouped_linear_backward(
         dy, h, [weight2], _listed(bias2), pre2, *routing, "none", scale,
         [needs_x or needs_weight1 or needs_bias1, needs_weight2, needs_bias2, needs_scale],
@@ -80,11 +78,7 @@ def two_layers_backward(
     return [dx, *(_only(g, dy) for g in (dweight1, dbias1, dweight2, dbias2)), dscale]
 
 
-def _tile_by_tile(activation: str, pre: Tensor) -> Tensor:
-    return torch.stack([activate(activation, tile) for tile in pre])
-
-
-grouped_mlp_backward = functools.partial(two_layers_backward, linear, _tile_by_tile)
+grouped_mlp_backward = functools.partial(two_layers_backward, linear, linear.activate_tiles)
 
 
 def _listed(bias: Tensor | None) -> list[Tensor]:

@@ -6,10 +6,18 @@ from torch import Tensor
 
 from mixpert_kernels.routing import counting_sort
 
+from .tiles import spread, tiles
 
-def pool(x: Tensor, base_tile: Tensor | None) -> Tensor:  # (I, D) float32, or float64 for float64
-    """Mean over the tokens of each image's base tile."""
-    base = x if base_tile is None else x.index_select(0, base_tile)
+
+def pool(
+    x: Tensor, cu_seqlens: Tensor | None, base_tile: Tensor | None
+) -> Tensor:  # (I, D) float32, or float64 for float64
+    """Mean over the tokens of each image's base tile; NaN for one without tokens."""
+    base = tiles(x, cu_seqlens)
+    if base_tile is not None and cu_seqlens is None:
+        base = x.index_select(0, base_tile)
+    elif base_tile is not None:
+        base = [base[i] for i in base_tile.tolist()]
     return torch.stack([tile.mean(0, dtype=accumulator(x)) for tile in base])
 
 
@@ -63,7 +71,7 @@ def route(
     against: str,
 ) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
     dtype = accumulator(x)
-    pooled = pool(x, base_tile)
+    pooled = pool(x, cu_seqlens, base_tile)
     params = [
         None if p is None else p.to(dtype)
         for p in (norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias)
@@ -112,9 +120,12 @@ def route_backward(
     )
     dx = empty
     if needs_x:
-        rows = ((dz + dpooled) / x.shape[1]).to(x.dtype)[:, None].expand(-1, x.shape[1], -1)
-        base = torch.arange(x.shape[0], device=x.device) if base_tile is None else base_tile
-        dx = x.new_zeros(x.shape).index_add_(0, base, rows)
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        base = torch.arange(batch, device=x.device) if base_tile is None else base_tile
+        tokens = x.shape[1] if cu_seqlens is None else cu_seqlens.diff()[base][:, None]
+        rows = ((dz + dpooled) / tokens).to(x.dtype)
+        by_tile = x.new_zeros(batch, x.shape[-1]).index_add_(0, base, rows)
+        dx = spread(by_tile, x, cu_seqlens).expand(x.shape).contiguous()
     grads = [dgamma, dbeta, dhidden_weight, dhidden_bias, dweight, dbias]
     return [dx, *(g.to(weight.dtype) for g in grads)]
 
