@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,9 @@ from _mllms import EXPERTS, KINDS
 from safetensors.torch import load_file, save_file
 from test_mllm_parity import mixed
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from mixpert_kernels.hf.mllm import mixpertize, record_routing, unmixpertize
+from mixpert_kernels.hf.mllm import forced_routing, mixpertize, record_routing, unmixpertize
 
 families = pytest.mark.parametrize("family", KINDS)
 WEIGHTS = "model.safetensors"
@@ -207,3 +208,25 @@ def test_the_plain_class_refuses_a_mixpertized_checkpoint(tmp_path):
     mixed(KINDS["llava"]).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(KINDS["llava"].build()).from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="bitsandbytes comes with Linux alone")
+@pytest.mark.parametrize("skip", [None, ["lm_head", "down_proj"]])
+def test_a_quantizer_leaves_the_vision_side_alone(skip, tmp_path):
+    kind = KINDS["idefics3"]
+    mixed(kind, distinct=True).save_pretrained(tmp_path)
+    asked = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    model, whole = load(tmp_path, quantization_config=asked), load(tmp_path)
+    leaves = {n: type(m).__name__ for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    kept = {name for name, leaf in leaves.items() if leaf == "Linear"}
+    for name in leaves:
+        spared = not name.startswith("model.text_model.") or (skip and name.endswith("down_proj"))
+        assert (name in kept) == bool(spared), name
+    pixels = kind.call([[3]])["pixel_values"]
+    with (
+        forced_routing(model, 1, image_of_tile=[0] * 3),
+        forced_routing(whole, 1, image_of_tile=[0] * 3),
+    ):
+        got, wanted = (m.model.get_image_features(pixels).pooler_output for m in (model, whole))
+    assert torch.equal(torch.cat([*got]), torch.cat([*wanted]))
+    assert asked.llm_int8_skip_modules == skip  # the caller's own object

@@ -7,6 +7,7 @@ load as they did.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Loaded(nn.Module):
     def from_pretrained(cls, directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a checkpoint; every parameter of a mixpertized model must be in it, and no other.
 
+        A ``quantization_config`` is followed in the language model; the vision side stays as it is.
+
         Raises:
             ValueError: a parameter is missing, unexpected or of another shape; the message names it.
         """
@@ -47,9 +50,23 @@ class Loaded(nn.Module):
             return cls.mixpert_plain.from_pretrained(directory, *args, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         options = {**kwargs, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        if kwargs.get("quantization_config") is not None:
+            options["quantization_config"] = _sparing(kwargs["quantization_config"], config)
         model, info = super().from_pretrained(directory, *args, **options)
         _refuse_faults("from_pretrained", directory, "mixpertized model", info)
         return (model, info) if wants_info else model
+
+
+def _sparing(quantization: Any, config: Any) -> Any:
+    """``quantization`` without the vision side: experts are no linear layers to a quantizer, and the router is read."""
+    family = mllm_of(config)
+    spared = [f".*{path}" for path in (family.tower, family.projector, "mixpert_router")]
+    quantization = copy.deepcopy(quantization)
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization, name):
+            own = getattr(quantization, name)
+            setattr(quantization, name, [*(["lm_head"] if own is None else own), *spared])
+    return quantization
 
 
 def load_plain(directory: Path) -> PreTrainedModel:
