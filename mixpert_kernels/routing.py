@@ -36,6 +36,31 @@ class Routing(NamedTuple):
         """What backends take of it, in the order they take it: all but the scores."""
         return self.expert, self.order, self.offsets, self.cu_seqlens
 
+    def resized(self, rows: int, of: int) -> Routing:
+        """The routing of ``rows`` packed rows that are made of these, ``of`` in number.
+
+        A vision tower's merger puts k neighbouring rows into one: k times fewer, and k divides each tile's rows. A view
+        by heads makes more. All that is not packed stays what it is.
+
+        Raises:
+            ValueError: the rows do not come out even; on a CPU, also where those of a single tile do not.
+        """
+        if self.cu_seqlens is None or rows == of:
+            return self
+        most, least = max(rows, of), min(rows, of)
+        if least < 1 or most % least:
+            raise ValueError(f"Routing.resized: rows must divide {of} or be a multiple, got {rows}")
+        k = most // least
+        if rows > of:
+            return Routing(*self[:4], self.cu_seqlens * k)
+        if self.cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+            odd = [bound for bound in self.cu_seqlens.tolist() if bound % k]
+            if odd:
+                raise ValueError(
+                    f"Routing.resized: every tile must begin at a multiple of {k}, got {odd[0]}"
+                )
+        return Routing(*self[:4], self.cu_seqlens // k)
+
     @classmethod
     def forced(
         cls,

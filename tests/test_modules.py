@@ -262,7 +262,7 @@ def bound(leaf, x, ids):
     try:
         return leaf(x)
     finally:
-        bind(before)
+        bind(*before)
 
 
 @pytest.mark.parametrize("shape", [(2, D), (2, 3, D), (2, 3, 2, D)])

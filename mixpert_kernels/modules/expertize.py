@@ -91,7 +91,11 @@ class ExpertBlock(nn.Module):
         self._template = (template,)  # on the meta device; in a tuple, so that it is no submodule
 
     def forward(self, x: Tensor, routing: Routing, *args, **kwargs) -> Tensor:
-        """Run the block on tiles ``x`` (B, T, D) under ``routing``; further arguments go to the block as they are."""
+        """Run the block on tiles ``x`` (B, T, D) under ``routing``; further arguments go to the block as they are.
+
+        Where ``routing.cu_seqlens`` is given, x is packed rows (R, D), and the block's own forward keeps the tiles
+        apart: attention has to be told of them by an argument.
+        """
         if self.gradient_checkpointing and self.training:
             # This module is the unit that is run again in backward. Were the block inside one of its own, its second
             # run would find no routing bound.
@@ -104,13 +108,16 @@ class ExpertBlock(nn.Module):
 
     def _run(self, x: Tensor, routing: Routing, *args, **kwargs) -> Tensor:
         self._check(x, routing)
-        if self.plan is not None and self.plan.serves(self.block, args, kwargs):
+        apart = routing.cu_seqlens is None or isinstance(
+            self.plan, MlpPlan
+        )  # attention's plan is of (B, T, D)
+        if self.plan is not None and apart and self.plan.serves(self.block, args, kwargs):
             return self.plan.run(self.block, x, routing)
-        before = bind(routing)
+        before = bind(routing, x.shape[0])
         try:
             y = self.block(x, *args, **kwargs)
         finally:
-            bind(before)
+            bind(*before)
         return y[0] if isinstance(y, tuple) else y
 
     def can_route(self, args: tuple = (), kwargs: dict | None = None) -> bool:
@@ -123,16 +130,19 @@ class ExpertBlock(nn.Module):
 
     def _check(self, x: Tensor, routing: Routing) -> None:
         """A loose parameter broadcasts: over an x of another rank or batch it would be wrong without an error."""
-        if x.ndim != 3:
-            raise ValueError(f"ExpertBlock: x must have shape (B, T, D), got {tuple(x.shape)}")
         if not isinstance(routing, Routing):
             raise ValueError(
                 f"ExpertBlock: routing must be a Routing, got {type(routing).__name__}"
             )
+        packed = routing.cu_seqlens is not None
+        if x.ndim != (2 if packed else 3):
+            shape = "(R, D)" if packed else "(B, T, D)"
+            raise ValueError(f"ExpertBlock: x must have shape {shape}, got {tuple(x.shape)}")
+        tiles = len(routing.cu_seqlens) - 1 if packed else len(x)
         got = (len(routing.expert), routing.num_experts)
-        if got != (len(x), self.num_experts):
+        if got != (tiles, self.num_experts):
             raise ValueError(
-                f"ExpertBlock: routing must be of {len(x)} tiles over {self.num_experts} experts, "
+                f"ExpertBlock: routing must be of {tiles} tiles over {self.num_experts} experts, "
                 f"got {got[0]} over {got[1]}"
             )
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixpert_kernels.ops import grouped_layer_norm, grouped_linear
-from mixpert_kernels.routing import Routing
+from mixpert_kernels.routing import Routing, tile_of_row
 
-from .binding import bound_routing
+from .binding import bound_routing, peek
 
 
 class GroupedLinear(nn.Module):
@@ -21,7 +21,8 @@ class GroupedLinear(nn.Module):
         num_experts: E.
         bias: whether there is one.
 
-    Shape: (B, ..., K) -> (B, ..., N). Parameters: ``weight`` (E, N, K), ``bias`` (E, N) or None.
+    Shape: (B, ..., K) -> (B, ..., N), or packed rows (R, K) -> (R, N) where the routing has ``cu_seqlens``. Parameters:
+    ``weight`` (E, N, K), ``bias`` (E, N) or None.
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class GroupedLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = grouped_linear(
-            flat_tokens(x), self.weight, self.bias, bound_routing(type(self).__name__)
-        )
+        tokens, routing = flat(x, type(self).__name__)
+        y = grouped_linear(tokens, self.weight, self.bias, routing)
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -82,7 +82,7 @@ class GroupedLinear(nn.Module):
 
 
 class GroupedLayerNorm(nn.Module):
-    """E LayerNorms over the last dimension. Shape: (B, ..., D) -> (B, ..., D); parameters (E, D)."""
+    """E LayerNorms over the last dimension. Shape: that of x, (B, ..., D) or packed rows (R, D); parameters (E, D)."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, eps: float) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class GroupedLayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        routing = bound_routing(type(self).__name__)
-        y = grouped_layer_norm(flat_tokens(x), self.weight, self.bias, routing, eps=self.eps)
+        tokens, routing = flat(x, type(self).__name__)
+        y = grouped_layer_norm(tokens, self.weight, self.bias, routing, eps=self.eps)
         return y.view(x.shape)
 
     def extra_repr(self) -> str:
@@ -137,15 +137,26 @@ class GroupedRMSNorm(nn.Module):
 class GroupedParameter(nn.Module):
     """A loose parameter (E, ...) of a block, such as a LayerScale: reads as (B, 1, ...) or, a matrix, as (B, K, N).
 
+    Where the block runs on packed rows (R, D), a vector reads as (R, D).
+
     Registered as a parametrization, so that the block's own ``self.lambda_1`` is the batch's gathered rows.
     """
 
     def forward(self, original: Tensor) -> Tensor:
-        return rows_of(original, bound_routing(type(self).__name__))
+        _, rows = peek()
+        return rows_of(original, bound_routing(type(self).__name__, rows), rows)
 
 
-def rows_of(parameter: Tensor, routing: Routing) -> Tensor:
-    """A loose parameter (E, ...) as it multiplies or is added to a batch: (B, 1, ...) or, a matrix, (B, K, N)."""
+def rows_of(parameter: Tensor, routing: Routing, rows: int | None = None) -> Tensor:
+    """A loose parameter (E, ...) as it multiplies or is added to a batch: (B, 1, ...) or, a matrix, (B, K, N).
+
+    A vector (E, D) to ``rows`` packed rows is (R, D); a matrix has no such form.
+    """
+    if routing.cu_seqlens is not None:
+        if parameter.ndim != 2:
+            shape = tuple(parameter.shape)
+            raise ValueError(f"expertize: packed rows take vectors (E, D) of a block, got {shape}")
+        return by_row(parameter, routing, rows)
     gathered = parameter[routing.expert]
     return gathered.unsqueeze(1) if gathered.ndim == 2 else gathered
 
@@ -156,9 +167,21 @@ def stacked(parameter: Tensor, num_experts: int) -> nn.Parameter:
     return nn.Parameter(copies, requires_grad=parameter.requires_grad)
 
 
-def flat_tokens(x: Tensor) -> Tensor:
-    """(B, ..., K) -> (B, T, K)."""
-    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
+def flat(x: Tensor, leaf: str) -> tuple[Tensor, Routing]:
+    """(B, ..., K) -> (B, T, K), or (..., K) -> packed rows (R, K); and the routing of these."""
+    routing = bound_routing(leaf, x.shape[:-1].numel())
+    if routing.cu_seqlens is not None:
+        return x.reshape(-1, x.shape[-1]), routing
+    return x if x.ndim == 3 else x.reshape(x.shape[0], -1, x.shape[-1]), routing
+
+
+def by_row(table: Tensor, routing: Routing, rows: int) -> Tensor:
+    """Rows (E, D) of the expert of each packed row: (R, D).
+
+    In float32 meanwhile: the gradient of a row is a sum over all of an expert's rows, and has their accuracy.
+    """
+    expert = routing.expert[tile_of_row(routing.cu_seqlens, rows)]
+    return F.embedding(expert, accurate(table)).to(table.dtype)
 
 
 def accurate(x: Tensor) -> Tensor:
@@ -167,6 +190,10 @@ def accurate(x: Tensor) -> Tensor:
 
 
 def by_tile(table: Tensor, x: Tensor, leaf: str) -> Tensor:
-    """Rows (E, D) of each tile's expert, shaped to multiply ``x`` (B, ..., D)."""
-    rows = table[bound_routing(leaf).expert]
+    """Rows (E, D) of each tile's expert, shaped to multiply ``x`` (B, ..., D), or packed rows (R, ..., D)."""
+    count = x.shape[:-1].numel()
+    routing = bound_routing(leaf, count)
+    if routing.cu_seqlens is not None:
+        return by_row(table, routing, count).view(x.shape)
+    rows = table[routing.expert]
     return rows.view(x.shape[0], *[1] * (x.ndim - 2), rows.shape[-1])

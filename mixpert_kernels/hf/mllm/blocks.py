@@ -48,8 +48,8 @@ class Loose(nn.Module):
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name in self.mixpert_loose:
-            routing = peek()
-            return value if routing is None else rows_of(value, routing)
+            routing, rows = peek()
+            return value if routing is None else rows_of(value, routing, rows)
         return value
 
 
@@ -69,7 +69,7 @@ class Expert(nn.Module):
         try:
             return super().forward(*args, **kwargs)
         finally:
-            bind(before)
+            bind(*before)
 
     def _routing(self, *args: Any, **kwargs: Any) -> Routing:
         raise NotImplementedError
