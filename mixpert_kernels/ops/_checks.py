@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixpert_kernels.routing import Routing
+from mixpert_kernels.routing import Routing, check_bounds
 
 
 def require(holds: bool, op: str, name: str, condition: str, got: object) -> None:
@@ -67,11 +67,7 @@ def require_features(op: str, x: Tensor, width: int, cu_seqlens: Tensor | None, 
     require(cu_seqlens.dtype == torch.int32, op, name, "have dtype int32", cu_seqlens.dtype)
     strides = f"strides {cu_seqlens.stride()}"
     require(cu_seqlens.is_contiguous(), op, name, "be contiguous", strides)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bounds, rows = cu_seqlens.tolist(), x.shape[0]
-    ascends = len(bounds) > 1 and [bounds[0], bounds[-1]] == [0, rows] and bounds == sorted(bounds)
-    require(ascends, op, name, f"ascend from 0 to the {rows} rows of x", bounds)
+    check_bounds(op, name, cu_seqlens, x.shape[0])
 
 
 def require_routed_features(op: str, x: Tensor, width: int, routing: Routing) -> None:

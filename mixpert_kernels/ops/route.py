@@ -78,9 +78,11 @@ def route(
     to the lowest index; an image with a non-finite score goes to expert 0.
 
     Args:
-        x: (B, T, D) trunk features, floating point.
+        x: (B, T, D) trunk features, floating point, or packed rows (R, D) where ``cu_seqlens`` is given.
         weights: the router; any floating dtype, computed in float32 (float64 for float64 features).
         strategy: how scores become a decision.
+        cu_seqlens: (B + 1,) int32, ascending from 0 to R: tile ``b`` is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of x.
+            A base tile without rows is routed to expert 0.
         image_of_tile: (B,) int64, ascending from 0 without gaps: the image each tile is a crop of; None: a tile is an
             image. Given together with ``base_tile``.
         base_tile: (I,) int64: the tile that shows the whole image, the one that is pooled.
@@ -89,10 +91,11 @@ def route(
         backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
 
     Returns:
-        Routing with int32 ``expert``, ``order``, ``offsets`` and float32 ``scores`` (differentiable).
+        Routing with int32 ``expert``, ``order``, ``offsets``, float32 ``scores`` (differentiable) and ``cu_seqlens``.
 
     Raises:
-        ValueError: wrong shape, dtype or device; on a CPU also ids out of range.
+        ValueError: wrong shape, dtype or device; on a CPU also ids out of range and ``cu_seqlens`` that do not ascend
+            from 0 to R.
         RuntimeError: no backend can run the call.
 
     Cost:

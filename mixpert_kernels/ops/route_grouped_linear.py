@@ -53,13 +53,15 @@ def route_grouped_linear(
     gradients and dtypes of their own.
 
     Args:
-        x: (B, T, D) trunk features, B tiles of T tokens; float16, bfloat16, float32 or float64.
+        x: (B, T, D) trunk features, B tiles of T tokens, or packed rows (R, D) where ``cu_seqlens`` is given; float16,
+            bfloat16, float32 or float64.
         router: of any floating dtype, computed in float32 (float64 for float64 features).
         strategy: how scores become a decision.
         norm_weight: (E, D), device and dtype of ``x``; beside float32 features also half precision, as all that follow.
         norm_bias: (E, D) or None.
         weight: (E, N, D), or a sequence of weights (E, N_i, D) whose outputs lie side by side, N = sum N_i.
         bias: (E, N), a sequence to match ``weight``, or None.
+        cu_seqlens: (B + 1,) int32, ascending from 0 to R: tile ``b`` is rows ``cu_seqlens[b]:cu_seqlens[b + 1]`` of x.
         image_of_tile: (B,) int64, ascending from 0 without gaps: the image each tile is a crop of; None: a tile is an
             image. Given together with ``base_tile``.
         base_tile: (I,) int64: the tile that shows the whole image, the one that is pooled.
@@ -70,15 +72,16 @@ def route_grouped_linear(
         backend: ``auto`` or a name of ``mixpert_kernels.backends.BACKENDS``.
 
     Returns:
-        RoutedLinear: ``y`` (B, T, N) in the dtype of ``x`` (of autocast, under autocast), sums accumulated in float32
-        or better; ``routing`` as ``route`` returns it.
+        RoutedLinear: ``y`` (B, T, N), or (R, N) for packed rows, in the dtype of ``x`` (of autocast, under autocast),
+        sums accumulated in float32 or better; ``routing`` as ``route`` returns it.
 
     Raises:
         ValueError: wrong shape, dtype, device or name; what concerns the router is said in the words of ``route``.
         RuntimeError: no backend can run the call.
 
     Cost:
-        Memory: the output and the normalised features. One launch on a GPU. Never waits for the device.
+        Memory: the output and the normalised features. One launch on a GPU, three for packed rows. Never waits for
+        the device.
 
     Example:
         >>> x = torch.tensor([[[2.0, 0.0]], [[0.0, 2.0]]])
