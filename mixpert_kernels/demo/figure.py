@@ -51,10 +51,11 @@ def draw_figure(
         notes: smaller lines under it.
     """
     shown = min(len(samples), LARGEST)
-    columns = min(COLUMNS, max(4, shown))
+    columns = min(COLUMNS, max(3, shown))
     rows = math.ceil(shown / columns)
-    bars = max(0.5, BAR * len(names))
-    size = (columns * CELL_WIDTH + 0.3, rows * (PICTURE + bars + GAP) + HEADER)
+    wide = max(4, columns) / columns  # the title and the names need the width of four cells
+    picture, bars = PICTURE * wide, max(0.5, BAR * len(names))
+    size = (columns * wide * CELL_WIDTH + 0.3, rows * (picture + bars + GAP) + HEADER)
     with rc_context({"font.family": "DejaVu Sans", "font.size": 8, "text.color": INK}):
         figure = Figure(figsize=size, dpi=110, facecolor=PAPER)
         canvas = FigureCanvasAgg(figure)
@@ -64,7 +65,7 @@ def draw_figure(
             rows, columns, left=0.012, right=0.988, top=top, bottom=0.012, wspace=0.09, hspace=0.15
         )
         for i in range(shown):
-            cell = grid[i].subgridspec(2, 1, height_ratios=(PICTURE, bars), hspace=0.06)
+            cell = grid[i].subgridspec(2, 1, height_ratios=(picture, bars), hspace=0.06)
             _picture(figure.add_subplot(cell[0]), samples[i], routed[i], names)
             _bars(figure.add_subplot(cell[1]), routed[i], names)
         _write(canvas, path)
