@@ -24,7 +24,11 @@ def add_parser(subparsers: Any) -> None:
         help="sizes of the SigLIP-type tower with random weights (default: tiny, D = 192)",
     )
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", help="a transformers vision checkpoint to use instead"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        help="a transformers vision checkpoint to use instead; or a tower or vision-language model that has "
+        "experts, shown with its own router and expert names",
     )
     parser.add_argument(
         "--images", type=Path, metavar="DIR", help="route the images of this folder instead"
@@ -32,7 +36,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("mixpert-demo.png"), help="(default: %(default)s)"
     )
-    parser.add_argument("--experts", type=int, default=4, metavar="N", help="1 to 8 (default: 4)")
+    parser.add_argument("--experts", type=int, metavar="N", help="1 to 8 (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
     parser.set_defaults(run=run)
 

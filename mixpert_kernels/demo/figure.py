@@ -23,6 +23,7 @@ from mixpert_kernels.demo.results import Routed
 COLORS = ("#7f7f7f", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c510a", "#999933")
 WRONG, INK, MUTED, PAPER = "#c00020", "#1a1a1a", "#5c5c5c", "#ffffff"
 COLUMNS = 7
+LEGENDS = ((8, 9.0), (8, 7.5), (4, 9.0), (4, 7.5), (2, 8.0), (2, 7.0), (1, 7.0))  # columns, size
 LARGEST = 49  # images shown of a user's folder
 THUMBNAIL, MAT = (244, 180), "#ececec"
 CELL_WIDTH, PICTURE, BAR, GAP, HEADER = 1.9, 1.38, 0.14, 0.36, 1.15  # inches; a bar an expert
@@ -73,21 +74,37 @@ def draw_figure(
 
 def _header(figure: Figure, names: Sequence[str], title: str, notes: Sequence[str]) -> None:
     width, height = figure.get_size_inches()
-    figure.text(0.012, 1 - 0.13 / height, title, fontsize=14, weight="bold", va="top")
     wide = int(width * 12.5)
     lines = [line for note in notes for line in textwrap.wrap(note, wide)]
-    figure.text(0.012, 1 - 0.43 / height, "\n".join(lines), color=MUTED, va="top", linespacing=1.35)
+    texts = [
+        figure.text(0.012, 1 - 0.13 / height, title, fontsize=14, weight="bold", va="top"),
+        figure.text(
+            0.012, 1 - 0.43 / height, "\n".join(lines), color=MUTED, va="top", linespacing=1.35
+        ),
+    ]
+    taken = [text.get_window_extent() for text in texts]
     handles = [Patch(color=color_of(k), label=name) for k, name in enumerate(names)]
-    figure.legend(
-        handles=handles,
-        loc="upper right",
-        bbox_to_anchor=(0.992, 1 - 0.06 / height),
-        ncols=min(4, len(names)),
-        frameon=False,
-        fontsize=9,
-        handlelength=1.1,
-        columnspacing=1.2,
-    )
+    for columns, size in LEGENDS:  # the first that covers no text
+        legend = figure.legend(
+            handles=handles,
+            loc="upper right",
+            bbox_to_anchor=(0.992, 1 - 0.06 / height),
+            ncols=min(columns, len(names)),
+            frameon=False,
+            fontsize=size,
+            handlelength=1.1,
+            columnspacing=1.2,
+            labelspacing=0.3,
+        )
+        if (columns, size) == LEGENDS[-1] or not legend.get_window_extent().count_overlaps(taken):
+            return
+        legend.remove()
+
+
+def _short(text: str, most: int) -> str:
+    """The text without its middle: names may differ at the end alone."""
+    tail = most // 3
+    return text if len(text) <= most else f"{text[: most - 1 - tail]}…{text[-tail:]}"
 
 
 def _picture(ax: Axes, sample: Sample, result: Routed, names: Sequence[str]) -> None:
@@ -99,13 +116,19 @@ def _picture(ax: Axes, sample: Sample, result: Routed, names: Sequence[str]) -> 
     ax.set_yticks([])
     for spine in ax.spines.values():
         spine.set(edgecolor=color, linewidth=3.2)
-    name = textwrap.shorten(sample.name, 22, placeholder="…")
+    name, got = _short(sample.name, 22), _short(names[result.expert], 16)
     if result.correct is False:
-        text = f"✗ {name}: is {names[result.wanted]}, got {names[result.expert]}"
-        ax.set_title(text, fontsize=6.6, color="white", backgroundcolor=WRONG, pad=4, weight="bold")
+        wanted = _short(names[result.wanted], 16)
+        text = f"✗ {name}: is {wanted}, got {got}"
+        if len(text) > 40:  # too small to read: the picture says which it is
+            text = f"✗ is {wanted}, got {got}"
+        size = 6.6 * min(1, 31 / len(text))  # 31 letters are as wide as the picture
+        ax.set_title(
+            text, fontsize=size, color="white", backgroundcolor=WRONG, pad=4, weight="bold"
+        )
     else:
-        text = f"{name} → {names[result.expert]}"
-        ax.set_title(text, fontsize=8, color=INK, pad=4)
+        text = f"{name} → {got}"
+        ax.set_title(text, fontsize=8 * min(1, 28 / len(text)), color=INK, pad=4)
 
 
 def _bars(ax: Axes, result: Routed, names: Sequence[str]) -> None:
@@ -116,7 +139,8 @@ def _bars(ax: Axes, result: Routed, names: Sequence[str]) -> None:
         ax.add_patch(Rectangle((0, y - 0.36), 1, 0.72, facecolor="#f0f0f0"))
         ax.add_patch(Rectangle((0, y - 0.36), score, 0.72, facecolor=color_of(k)))
         weight = "bold" if strong else "normal"
-        ax.text(-0.03, y, name, ha="right", va="center", fontsize=6.2, weight=weight)
+        label = _short(name, 12)
+        ax.text(-0.03, y, label, ha="right", va="center", fontsize=6.2, weight=weight)
         ax.text(1.03, y, f"{score:.2f}", ha="left", va="center", fontsize=6.2, weight=weight)
     ax.set_xlim(-0.62, 1.3)
     ax.set_ylim(-0.6, count - 0.4)

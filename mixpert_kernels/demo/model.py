@@ -12,6 +12,8 @@ from tqdm import tqdm
 
 from mixpert_kernels import FusedMixpertTower
 from mixpert_kernels.demo.images import DOMAINS, Sample
+from mixpert_kernels.hf.configuration import MixpertVisionConfig
+from mixpert_kernels.hf.expert_names import names_of
 from mixpert_kernels.hf.loading import (
     Preprocess,
     load_preprocessing,
@@ -48,6 +50,23 @@ class DemoModel(NamedTuple):
     preprocess: Preprocess
     title: str  # says so where weights are random
     flop_per_image: float  # about: two for each weight and token
+
+    @property
+    def settings(self) -> MixpertVisionConfig:
+        return self.tower.config
+
+    @property
+    def names(self) -> list[str]:
+        return names_of(self.tower.config)
+
+    @property
+    def sizes(self) -> str:
+        config = self.tower.config
+        vision = config.vision_config
+        return (
+            f"D = {vision.hidden_size}, {vision.num_hidden_layers} layers, "
+            f"{config.num_experts} experts over the last {config.expert_layers} and the projector"
+        )
 
     @property
     def images_per_domain(self) -> int:
@@ -121,20 +140,10 @@ def train_router(model: DemoModel, samples: Sequence[Sample], seed: int) -> floa
     """Fit the router to the samples' domains; returns the accuracy on these samples."""
     from mixpert_kernels.training import fit_router
 
-    names = model.tower.config.expert_names
+    names = model.names
     labels = torch.tensor([expert_of(sample.domain or "", names) for sample in samples])
     features = features_of(model, samples).clone()
     return fit_router(model.tower, features, labels, lr=LEARNING_RATE, seed=seed, progress=True)
-
-
-def describe(model: DemoModel) -> str:
-    """One line: sizes of the tower."""
-    config = model.tower.config
-    vision = config.vision_config
-    return (
-        f"D = {vision.hidden_size}, {vision.num_hidden_layers} layers, "
-        f"{config.num_experts} experts over the last {config.expert_layers} and the projector"
-    )
 
 
 def _flop_per_image(vision: Any) -> float:

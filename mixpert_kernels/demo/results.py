@@ -12,7 +12,7 @@ class Routed(NamedTuple):
     """What became of one image."""
 
     expert: int
-    wanted: int  # -1 where the domain is unknown
+    wanted: int  # -1 where nobody knows
     scores: tuple[float, ...]
 
     @property
@@ -22,8 +22,8 @@ class Routed(NamedTuple):
 
 def accuracy(routed: Sequence[Routed]) -> float | None:
     """Share of images that went to their domain's expert; a fallback to another counts as wrong."""
-    known = [result.correct for result in routed if result.correct is not None]
-    return sum(known) / len(known) if known else None
+    right, known = verdict(routed)
+    return right / known if known else None
 
 
 def domain_table(
@@ -36,10 +36,21 @@ def domain_table(
         if not own:
             continue
         counts = [sum(r.expert == k for r in own) for k in range(len(names))]
-        rows.append([domain, str(len(own)), *map(str, counts), f"{accuracy(own):.1%}"])
+        rows.append([domain, str(len(own)), *map(str, counts), _share(own)])
     total = [sum(r.expert == k for r in routed) for k in range(len(names))]
-    rows.append(["all", str(len(routed)), *map(str, total), f"{accuracy(routed):.1%}"])
+    rows.append(["all", str(len(routed)), *map(str, total), _share(routed)])
     return rows
+
+
+def verdict(routed: Sequence[Routed]) -> tuple[int, int]:
+    """How many images went right, of those whose expert is known."""
+    known = [result.correct for result in routed if result.correct is not None]
+    return sum(known), len(known)
+
+
+def _share(routed: Sequence[Routed]) -> str:
+    share = accuracy(routed)
+    return "-" if share is None else f"{share:.1%}"
 
 
 def mistakes(

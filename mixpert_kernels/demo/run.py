@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mixpert_kernels.cli.tables import print_table
 from mixpert_kernels.demo.figure import LARGEST, draw_figure
 from mixpert_kernels.demo.images import (
+    DOMAINS,
     Sample,
     evaluation_set,
     fingerprint,
@@ -23,14 +24,16 @@ from mixpert_kernels.demo.images import (
 from mixpert_kernels.demo.model import (
     DemoModel,
     build_model,
-    describe,
     expert_of,
     pixels_of,
     train_router,
 )
-from mixpert_kernels.demo.results import Routed, accuracy, domain_table, mistakes
+from mixpert_kernels.demo.results import Routed, accuracy, domain_table, mistakes, verdict
+from mixpert_kernels.demo.saved import SavedModel, has_experts, load_saved
 from mixpert_kernels.demo.timing import Timing, time_variants
+from mixpert_kernels.ops import Strategy
 
+EXPERTS = 4
 FORWARD_BATCH = 64  # a forward takes the whole evaluation set; larger folders take several
 HEAVY_BATCH = 4
 
@@ -42,13 +45,13 @@ class DemoOptions(NamedTuple):
     model: Path | None = None
     images: Path | None = None
     out: Path = Path("mixpert-demo.png")
-    experts: int = 4
+    experts: int | None = None  # 4; a model that has experts has its own number
     seed: int = 0
     images_per_domain: int | None = None  # to train on; None: as many as the model can afford
 
 
 class DemoResult(NamedTuple):
-    """What came out; ``accuracy`` is None where nobody knows the domains."""
+    """What came out; ``accuracy`` is None where nobody knows which experts are right, ``timings`` may be empty."""
 
     samples: list[Sample]
     routed: list[Routed]
@@ -65,23 +68,34 @@ def run_demo(options: DemoOptions) -> DemoResult:
     start = time.perf_counter()
     _check(options)
     samples = folder_set(options.images) if options.images else evaluation_set(options.seed)
-    model = build_model(options.geometry, options.model, options.experts, options.seed)
-    print(f"tower     {model.title}, seed {options.seed}")
-    print(f"          {describe(model)}")
-    print("          the experts are untrained clones, all alike: only the routing is at stake")
-    training = _train(model, samples, options)
+    model: DemoModel | SavedModel
+    if options.model is not None and has_experts(options.model):
+        model = load_saved(options.model)
+        print(f"model     {model.title}\n          {model.sizes}")
+        print("router    the model's own, as it is: random where it was never trained")
+        router = "The model's own router"
+    else:
+        experts = EXPERTS if options.experts is None else options.experts
+        model = build_model(options.geometry, options.model, experts, options.seed)
+        print(f"tower     {model.title}, seed {options.seed}\n          {model.sizes}")
+        print("          the experts are untrained clones, all alike: only the routing is at stake")
+        training = _train(model, samples, options)
+        router = f"Linear router trained on {training} other images (seed {options.seed})"
     routed = route_samples(model, samples)
-    names = model.tower.config.expert_names
-    _print_routes(samples, routed, names)
-    timings = _time(model, samples)
-    _print_timings(timings, model, min(len(samples), _timed_images(model)))
+    _print_routes(samples, routed, model.names)
+    timings = []
+    if isinstance(
+        model, DemoModel
+    ):  # trained experts differ, and then so do the variants to compare
+        timings = _time(model, samples)
+        _print_timings(timings, model, min(len(samples), _timed_images(model)))
     draw_figure(
         options.out,
         samples,
         routed,
-        names,
+        model.names,
         _headline(samples, routed),
-        _notes(model, options, len(samples), training),
+        _notes(model, router, routed, options.images is None),
     )
     print(f"\npicture   {options.out}\ntotal     {time.perf_counter() - start:.1f} s")
     return DemoResult(samples, routed, accuracy(routed), timings)
@@ -89,8 +103,12 @@ def run_demo(options: DemoOptions) -> DemoResult:
 
 def _check(options: DemoOptions) -> None:
     out = options.out
-    if not 1 <= options.experts <= 8:
+    if options.experts is not None and not 1 <= options.experts <= 8:
         raise ValueError(f"demo: experts must lie in 1..8, got {options.experts}")
+    if options.model is not None and options.experts is not None and has_experts(options.model):
+        raise ValueError(
+            f"demo: experts must not be given for {options.model}, which has its own, got {options.experts}"
+        )
     if options.seed < 0:
         raise ValueError(f"demo: seed must be at least 0, got {options.seed}")
     if out.suffix.lower() != ".png":
@@ -117,22 +135,25 @@ def _train(model: DemoModel, samples: Sequence[Sample], options: DemoOptions) ->
 
 
 @torch.inference_mode()
-def route_samples(model: DemoModel, samples: Sequence[Sample]) -> list[Routed]:
+def route_samples(model: DemoModel | SavedModel, samples: Sequence[Sample]) -> list[Routed]:
     """Route the mixed batch, in one forward where memory and patience allow."""
-    names = model.tower.config.expert_names
-    batch = HEAVY_BATCH if model.heavy else FORWARD_BATCH
+    trained_here = isinstance(model, DemoModel)
+    batch = FORWARD_BATCH if trained_here and not model.heavy else HEAVY_BATCH
     routed = []
     starts = range(0, len(samples), batch)
     for i in tqdm(
         starts, desc="routing", unit="batch", leave=False, delay=1, disable=len(starts) < 2
     ):
         part = samples[i : i + batch]
-        out = model.tower(pixels_of(model, part))
-        for sample, expert, scores in zip(
-            part, out.expert.tolist(), out.router_scores.tolist(), strict=True
-        ):
-            wanted = -1 if sample.domain is None else expert_of(sample.domain, names)
-            routed.append(Routed(expert, wanted, tuple(scores)))
+        if isinstance(model, SavedModel):
+            routes = model.route([sample.image for sample in part])
+        else:
+            out = model.tower(pixels_of(model, part))
+            routes = zip(out.expert.tolist(), map(tuple, out.router_scores.tolist()), strict=True)
+        for sample, (expert, scores) in zip(part, routes, strict=True):
+            known = sample.domain is not None and (trained_here or sample.domain in model.names)
+            wanted = expert_of(sample.domain or "", model.names) if known else -1
+            routed.append(Routed(expert, wanted, scores))
     return routed
 
 
@@ -150,9 +171,9 @@ def _timed_images(model: DemoModel) -> int:
 def _print_routes(
     samples: Sequence[Sample], routed: Sequence[Routed], names: Sequence[str]
 ) -> None:
-    score = accuracy(routed)
+    right, known = verdict(routed)
     print()
-    if score is None:
+    if not known:
         rows = [["image", "expert", *names]]
         rows += [
             [s.name, names[r.expert], *(f"{score:.2f}" for score in r.scores)]
@@ -161,8 +182,7 @@ def _print_routes(
         print_table(rows)
         return
     print_table(domain_table(samples, routed, names))
-    right = sum(bool(r.correct) for r in routed)
-    print(f"\nrouting accuracy {score:.1%} ({right} of {len(routed)} images)")
+    print(f"\nrouting accuracy {right / known:.1%} ({right} of {known} images)")
     for line in mistakes(samples, routed, names):
         print(f"  wrong: {line}")
 
@@ -178,21 +198,34 @@ def _print_timings(timings: Sequence[Timing], model: DemoModel, batch: int) -> N
 
 
 def _headline(samples: Sequence[Sample], routed: Sequence[Routed]) -> str:
-    score = accuracy(routed)
-    if score is None:
+    right, known = verdict(routed)
+    if not known:
         return f"Mixpert: {len(samples)} images, each routed to one expert"
-    right = sum(bool(r.correct) for r in routed)
-    return f"Mixpert: {right} of {len(routed)} images went to their domain's expert ({score:.1%})"
+    return f"Mixpert: {right} of {known} images went to their domain's expert ({right / known:.1%})"
 
 
-def _notes(model: DemoModel, options: DemoOptions, images: int, training: int) -> list[str]:
+def _notes(
+    model: DemoModel | SavedModel, router: str, routed: Sequence[Routed], ours: bool
+) -> list[str]:
     notes = [
-        f"{model.title}; {describe(model)}.",
-        f"Linear router trained on {training} other images (seed {options.seed}); bars: its scores. "
-        f"Where the two best differ by less than {model.tower.config.delta:g}, the versatile expert takes it.",
+        f"{model.title}; {model.sizes}.",
+        f"{router}; bars: its scores. {_rule(model.settings.strategy, model.names[0])}",
     ]
-    if options.images is None:
-        notes.append("Red: did not go to its domain's expert; the experts are untrained clones.")
-    if images > LARGEST:
+    if any(result.correct is not None for result in routed):
+        clones = "; the experts are untrained clones" if isinstance(model, DemoModel) else ""
+        notes.append(f"Red: did not go to its domain's expert{clones}.")
+    elif ours:
+        notes.append(f"No expert is called {', '.join(DOMAINS[:-1])} or {DOMAINS[-1]}.")
+    if len(routed) > LARGEST:
         notes.append(f"The first {LARGEST} images are shown.")
     return notes
+
+
+def _rule(strategy: Strategy, versatile: str) -> str:
+    """When the first expert takes an image although another scored best."""
+    if strategy.name == "direct":
+        return "The best score decides."
+    if strategy.name == "score_threshold":
+        return f"Where the best is below {strategy.tau:g}, {versatile} takes it."
+    pair = "the two best" if strategy.against == "runner_up" else f"the best and {versatile}'s"
+    return f"Where {pair} differ by less than {strategy.delta:g}, {versatile} takes it."
