@@ -74,8 +74,8 @@ def test_the_images_of_one_batch_go_to_their_experts(tiny):
 
 def test_answers_are_the_same_alone_in_the_batch_and_after_loading(tiny):
     printed, _ = tiny
-    assert "alone     3 of 3 answers are the same" in printed
-    assert "reloaded  3 of 3 answers are the same" in printed
+    assert "alone     3 of 3 answers and routes are the same" in printed
+    assert "reloaded  3 of 3 answers and routes are the same" in printed
     answers = re.findall(r"\? '(.*)'$", printed, re.MULTILINE)
     assert len(set(answers)) == 3 and all(answers)
 

@@ -82,7 +82,9 @@ def ask(model, processor, samples, max_new_tokens):
         return_dict_in_generate=True,
     )
     answers = output.sequences[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(answers, skip_special_tokens=True), output.router[0]
+    words = processor.batch_decode(answers, skip_special_tokens=True)
+    router = output.router[0]  # of all images, in the order of the prompts
+    return list(zip(words, router.expert.tolist(), router.scores.tolist(), strict=True))
 
 
 def labelled_images(folder, per_domain):
@@ -108,28 +110,26 @@ def print_accuracy(samples, experts):
     print(f"          right on others: {', '.join(shares)}")
 
 
-def print_answers(samples, answers, router):
-    for sample, answer, expert, scores in zip(samples, answers, *lists(router), strict=True):
+def print_answers(samples, results):
+    for sample, (answer, expert, scores) in zip(samples, results, strict=True):
         shown = ", ".join(f"{name} {p:.2f}" for name, p in zip(EXPERTS, scores, strict=True))
         print(f"\n{sample.name} -> {EXPERTS[expert]} ({shown})")
         print(f"{QUESTIONS[sample.domain]} {answer!r}")
     print()
 
 
-def draw(path, samples, answers, router):
-    routed = [
-        Routed(expert, EXPERTS.index(sample.domain), tuple(scores))
-        for sample, expert, scores in zip(samples, *lists(router), strict=True)
-    ]
-    notes = [
-        shorten(f"{QUESTIONS[sample.domain]} {answer}", 90)
-        for sample, answer in zip(samples, answers, strict=True)
-    ]
+def draw(path, samples, results):
+    routed, notes = [], []
+    for sample, (answer, expert, scores) in zip(samples, results, strict=True):
+        routed.append(Routed(expert, EXPERTS.index(sample.domain), tuple(scores)))
+        notes.append(shorten(f"{QUESTIONS[sample.domain]} {answer}", 90))
     draw_figure(path, samples, routed, EXPERTS, "One batch, three experts", notes)
 
 
-def lists(router):
-    return router.expert.tolist(), router.scores.tolist()
+def same(results, others):
+    pairs = zip(results, others, strict=True)
+    alike = sum(result[:2] == other[:2] for result, other in pairs)
+    return f"{alike} of {len(results)} answers and routes are the same"
 
 
 def run(directory, args):
@@ -144,23 +144,18 @@ def run(directory, args):
 
     # One batch: an image of each domain that the router was not trained on.
     samples = [next(s for s in held_out if s.domain == domain) for domain in DOMAINS]
-    answers, router = ask(model, processor, samples, args.max_new_tokens)
-    print_answers(samples, answers, router)
-    alone = [ask(model, processor, [sample], args.max_new_tokens)[0][0] for sample in samples]
-    print(f"alone     {same(answers, alone)} answers are the same")
+    results = ask(model, processor, samples, args.max_new_tokens)
+    print_answers(samples, results)
+    alone = [ask(model, processor, [sample], args.max_new_tokens)[0] for sample in samples]
+    print(f"alone     {same(results, alone)}")
 
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
     del model
     model, processor = load(args.out, args.device, args.dtype)
-    again, _ = ask(model, processor, samples, args.max_new_tokens)
-    print(f"reloaded  {same(answers, again)} answers are the same")
-    draw(args.out / "routes.png", samples, answers, router)
+    print(f"reloaded  {same(results, ask(model, processor, samples, args.max_new_tokens))}")
+    draw(args.out / "routes.png", samples, results)
     print(f"written   model, processor and routes.png to {args.out}")
-
-
-def same(answers, others):
-    return f"{sum(a == b for a, b in zip(answers, others, strict=True))} of {len(answers)}"
 
 
 def main(argv=None):
