@@ -12,6 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from mixpert_kernels import ops
 from mixpert_kernels.modules import PreNormPlan, Router, expertize
+from mixpert_kernels.modules.by_expert import by_expert
 from mixpert_kernels.modules.grouped import GroupedLayerNorm, GroupedLinear, GroupedRMSNorm
 from mixpert_kernels.routing import Routing
 from mixpert_kernels.training import Calibration, calibrate
@@ -245,8 +246,8 @@ class FusedMixpertTower(PreTrainedModel):
         if not args and not kwargs:
             args = self._family.args
         alike = not kwargs and all(a is None for a in args)  # nothing that belongs to a tile
-        if x.device.type == "cpu" and alike and not torch.compiler.is_compiling():
-            return self._segment_by_expert(x, routing, args)
+        if alike:
+            return by_expert(lambda x, routing: self._segment(x, routing, args, {}), x, routing)
         return self._segment(x, routing, args, kwargs)
 
     def _routed_segment(
@@ -269,16 +270,6 @@ class FusedMixpertTower(PreTrainedModel):
         if self.config.final_norm:
             x = self.trunk.get_submodule(self._family.final_norm)(x)
         return x if self.projector is None else self.projector(x, routing)
-
-    def _segment_by_expert(self, x: Tensor, routing: Routing, args: tuple) -> Tensor:
-        """Sort the tiles by expert, once: the CPU backend makes one product of neighbours that share an expert."""
-        if torch.equal(routing.expert, routing.expert.sort().values):
-            return self._segment(x, routing, args, {})
-        order = routing.order.long()
-        tiles = torch.arange(len(order), dtype=torch.int32)
-        sorted_routing = Routing(routing.expert[order], tiles, routing.offsets)
-        y = self._segment(x[order], sorted_routing, args, {})
-        return y[order.argsort()]  # keeps no copy of y for backward, as index_copy would
 
     def _check_pixels(self, pixels: Tensor, interpolate: bool) -> None:
         any_size = interpolate or self._family.any_size

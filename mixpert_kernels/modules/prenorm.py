@@ -67,10 +67,17 @@ class PreNormPlan:
         paths = [getattr(self, f.name) for f in fields(self)]
         return (
             all(path is None or exists(block, path) for path in paths)
+            and self._reads_all(block)
             and all(is_plain(leaf) for leaf in self._leaves(block))
             and len({leaf.bias is None for leaf in self._leaves(block)[1:4]}) == 1
             and activation_name(get(block, self.activation)) is not None
         )
+
+    def _reads_all(self, block: nn.Module) -> bool:
+        """Whether the block has no parameter besides: such as a query's norm, which its own forward would apply."""
+        scales = sum(path is not None for path in (self.scale1, self.scale2))
+        read = sum(len(list(leaf.parameters())) for leaf in self._leaves(block)) + scales
+        return read == len(list(block.parameters()))
 
     def serves(self, block: nn.Module, args: tuple = (), kwargs: dict | None = None) -> bool:
         """Whether the plan computes what the block's own forward would, for this call.
@@ -210,8 +217,19 @@ PLANS: dict[str, tuple[PreNormPlan, ...]] = {
     "SiglipEncoderLayer": (_CLIP,),
     "Siglip2EncoderLayer": (_CLIP,),
     "CLIPEncoderLayer": (_CLIP,),
+    "Idefics3EncoderLayer": (_CLIP,),
+    "SmolVLMEncoderLayer": (_CLIP,),
     "Dinov2Layer": _DINO,
     "Dinov2WithRegistersLayer": _DINO,
+    "InternVLVisionLayer": (
+        _plan(
+            "attention",
+            "q_proj k_proj v_proj projection_layer",
+            "layernorm_before layernorm_after",
+            scale1="lambda_1",
+            scale2="lambda_2",
+        ),
+    ),
     "ViTLayer": (
         _plan("attention", "q_proj k_proj v_proj o_proj", "layernorm_before layernorm_after"),
     ),

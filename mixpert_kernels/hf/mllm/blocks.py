@@ -10,9 +10,11 @@ import copy
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixpert_kernels.modules.binding import bind, peek
+from mixpert_kernels.modules.by_expert import by_expert
 from mixpert_kernels.modules.expertize import copy_of, group_leaves
 from mixpert_kernels.modules.grouped import rows_of
 from mixpert_kernels.modules.mlp import MlpPlan
@@ -53,7 +55,45 @@ class Loose(nn.Module):
         return value
 
 
-class Expert(nn.Module):
+class Planned(nn.Module):
+    """A module that a plan may run instead of its own forward, call by call."""
+
+    mixpert_plan: PreNormPlan | MlpPlan | None
+
+    def _fuses(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether the plan computes this call, and the attention is sdpa's, which returns no weights."""
+        if self.mixpert_plan is None or not args:
+            return False
+        configs = [m.config for m in self.modules() if hasattr(m, "config")]
+        if any(getattr(c, "_attn_implementation", "sdpa") != "sdpa" for c in configs):
+            return False
+        given = {name: value for name, value in kwargs.items() if name not in FLAGS}
+        return self.mixpert_plan.serves(self, args[1:], given)
+
+
+class TrunkLayer(Planned):
+    """A block of the vision tower that all experts share: in inference by the plan, as a block of one expert.
+
+    The compiler gets the block's own code, which it fuses itself, and so does autocast, which the plan's ops ignore.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_inference(args) and self._fuses(args, kwargs):
+            x = args[0].contiguous()  # SigLIP's embeddings are a transposed view: a copy a reader
+            with torch.no_grad():
+                return self.mixpert_plan.run(self, x, scope.shared(x))
+        return super().forward(*args, **kwargs)
+
+    def _is_inference(self, args: tuple) -> bool:
+        if torch.compiler.is_compiling() or not args:
+            return False
+        if torch.is_autocast_enabled(args[0].device.type):
+            return False
+        tensors = (args[0], *self.parameters()) if torch.is_grad_enabled() else ()
+        return not any(t.requires_grad for t in tensors)
+
+
+class Expert(Planned):
     """A block or projector with experts: routed as its scope says."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -62,9 +102,8 @@ class Expert(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         routing: Routing = kwargs.pop(ROUTING)
-        given = {name: value for name, value in kwargs.items() if name not in FLAGS}
-        if args and self._fuses() and self.mixpert_plan.serves(self, args[1:], given):
-            return self.mixpert_plan.run(self, args[0], routing)
+        if self._fuses(args, kwargs):
+            return by_expert(functools.partial(self.mixpert_plan.run, self), args[0], routing)
         before = bind(routing)
         try:
             return super().forward(*args, **kwargs)
@@ -73,13 +112,6 @@ class Expert(nn.Module):
 
     def _routing(self, *args: Any, **kwargs: Any) -> Routing:
         raise NotImplementedError
-
-    def _fuses(self) -> bool:
-        """Whether the plan may run: it is no other attention than sdpa's, which returns no weights."""
-        if self.mixpert_plan is None:
-            return False
-        configs = [m.config for m in self.modules() if hasattr(m, "config")]
-        return all(getattr(c, "_attn_implementation", "sdpa") == "sdpa" for c in configs)
 
 
 class ExpertLayer(Expert):
@@ -116,6 +148,20 @@ def give_experts(module: nn.Module, mixin: type, template: nn.Module, num_expert
     module.mixpert_template = (template,)  # in a tuple, so that it is no submodule
     module.__class__ = subclass(type(module), mixin)
     module.mixpert_plan = PreNormPlan.of(module) or MlpPlan.of(module)
+
+
+def share(module: nn.Module) -> None:
+    """Let a plan run a block of the trunk in inference, where there is one for it."""
+    plan = PreNormPlan.of(module)
+    if plan is not None:
+        module.mixpert_plan = plan
+        module.__class__ = subclass(type(module), TrunkLayer)
+
+
+def unshare(module: nn.Module) -> None:
+    """Undo ``share``."""
+    del module.mixpert_plan
+    module.__class__ = plain_class(module)
 
 
 def take_experts(module: nn.Module, expert: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,10 +24,12 @@ class Images(NamedTuple):
 
 def from_counts(counts: Sequence[int], base: str) -> Images:
     """Images of so many tiles each; ``base``: whether an image's ``first`` or ``last`` tile shows the whole of it."""
-    tiles = torch.tensor(counts, dtype=torch.int64)
-    image_of_tile = torch.arange(len(tiles)).repeat_interleave(tiles)
-    ends = tiles.cumsum(0)
-    return Images(image_of_tile, ends - 1 if base == "last" else ends - tiles)
+    image_of_tile = [image for image, tiles in enumerate(counts) for _ in range(tiles)]
+    ends = list(itertools.accumulate(counts))
+    base_tile = [
+        end - (1 if base == "last" else tiles) for end, tiles in zip(ends, counts, strict=True)
+    ]
+    return Images(torch.tensor(image_of_tile), torch.tensor(base_tile))
 
 
 def from_runs(input_ids: Tensor, token: int, tiles: int, tokens_per_tile: int) -> Images:

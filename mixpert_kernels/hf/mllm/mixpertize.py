@@ -15,7 +15,6 @@ from transformers.utils import ModelOutput
 from mixpert_kernels.modules import Router
 
 from . import blocks, log, scope, shim
-from .boundaries import Images
 from .families import Mllm, blocks_of, feature_layers, mllm_of, to_host
 from .settings import CALL, Settings
 
@@ -74,7 +73,8 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     layers = feature_layers(owner.config, family)
     settings.check(layers)
     tower, projector = owner.get_submodule(family.tower), owner.get_submodule(family.projector)
-    experts = list(blocks_of(tower))[layers - settings.expert_layers : layers]
+    every = list(blocks_of(tower))
+    experts = every[layers - settings.expert_layers : layers]
     swaps = [(block, blocks.ExpertLayer) for block in experts]
     swaps.append((projector, blocks.ExpertProjector))
     templates = [blocks.template_of(module, settings.num_experts) for module, _ in swaps]
@@ -84,6 +84,9 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     router = Router(width, settings.num_experts, settings.router_hidden)
     for (module, mixin), template in zip(swaps, templates, strict=True):
         blocks.give_experts(module, mixin, template, settings.num_experts)
+    for block in every:
+        if block not in experts:
+            blocks.share(block)
     tower.__class__ = blocks.subclass(type(tower), _tower_class(type(tower)))
     tower.mixpert_owner = (owner,)
     owner.mixpert_router = router.to(like.device, like.dtype)
@@ -121,6 +124,8 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     for module in list(tower.modules()) + [owner.get_submodule(family.projector)]:
         if isinstance(module, blocks.Expert):
             blocks.take_experts(module, number)
+        elif isinstance(module, blocks.TrunkLayer):
+            blocks.unshare(module)
     del owner.mixpert_router, owner.mixpert_settings, tower.mixpert_owner
     for module in (tower, owner, model):
         module.__class__ = blocks.plain_class(module)
@@ -161,7 +166,7 @@ def _tower_class(plain: type) -> type:
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if scope.is_open():
                 return plain.forward(self, *args, **kwargs)
-            alone = scope.Scope(self.mixpert_owner[0], "image", lambda x: Images(), "first")
+            alone = scope.Scope(self.mixpert_owner[0], "image", None, {}, "first")
             with scope.pushed("scopes", alone):
                 return plain.forward(self, *args, **kwargs)
 
@@ -198,10 +203,7 @@ def _in_scope(features: Callable, modality: str, family: Mllm) -> Callable:
         kwargs = {name: once(name, value) for name, value in kwargs.items()}
         given = dict(zip(names, args, strict=False)) | kwargs
 
-        def images(x: torch.Tensor) -> Images:
-            return Images() if find is None else find(self, given, x)
-
-        with scope.pushed("scopes", scope.Scope(self, modality, images, family.base)):
+        with scope.pushed("scopes", scope.Scope(self, modality, find, given, family.base)):
             return features(self, *args, **kwargs)
 
     return run
@@ -223,7 +225,7 @@ def _head_class(plain: type) -> type:
 
         @functools.wraps(plain.generate)
         def generate(self, *args: Any, **kwargs: Any) -> Any:
-            records: list[scope.Record] = []
+            records = scope.Records()
             with scope.pushed("records", (self.base_model, records)):
                 output = plain.generate(self, *args, **kwargs)
             log.routes(records, self.base_model.mixpert_settings)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .mixpertize import owner_of
-from .scope import Forced, Record, pushed
+from .scope import Forced, Record, Records, pushed
 
 Ids = Sequence[int | str] | Tensor
 
@@ -55,11 +55,11 @@ def forced_routing(
             raise ValueError(f"forced_routing: {name} must lie in 0..{last}, got {given}")
         return given
 
-    def ids(name: str, given: int | str | Ids | None) -> int | Tensor | None:
+    def ids(name: str, given: int | str | Ids | None) -> Tensor | None:
         if given is None or isinstance(given, Tensor):
             return given
         if isinstance(given, int | str):
-            return one(name, given)
+            return torch.tensor(one(name, given))
         return torch.tensor([one(name, entry) for entry in given])
 
     forced = Forced(
@@ -73,7 +73,7 @@ def forced_routing(
 
 
 @contextlib.contextmanager
-def record_routing(model: nn.Module) -> Iterator[list[Record]]:
+def record_routing(model: nn.Module) -> Iterator[Sequence[Record]]:
     """Collect the routings of ``model`` in this block and thread: one ``Record`` a call of the vision tower.
 
     Raises:
@@ -85,7 +85,7 @@ def record_routing(model: nn.Module) -> Iterator[list[Record]]:
         >>> records[0].expert, records[0].scores  # doctest: +SKIP
     """
     owner = owner_of("record_routing", model)
-    records: list[Record] = []
+    records = Records()
     with pushed("records", (owner, records)):
         yield records
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,8 @@ from .boundaries import Images, from_counts
 class Forced:
     """What ``forced_routing`` was given, as CPU or device tensors."""
 
-    expert: int | Tensor | None
-    video_expert: int | Tensor | None
+    expert: Tensor | None  # 0-dimensional: one for all images
+    video_expert: Tensor | None
     image_of_tile: Tensor | None
     base_tile: Tensor | None
 
@@ -63,15 +63,60 @@ class Record:
         return rows[: int(self.images.image_of_tile[-1]) + 1] if self.images.padded else rows
 
 
-class _State(threading.local):
+class Records(Sequence[Record]):
+    """The records of some calls, in their order.
+
+    A chain: torch.compile would look at a list before it appends, and compile anew for every length.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[Record, Any] | None = None
+
+    def append(self, record: Record) -> None:
+        self._newest = (record, self._newest)
+
+    def _list(self) -> list[Record]:
+        found, link = [], self._newest
+        while link is not None:
+            record, link = link
+            found.append(record)
+        return found[::-1]
+
+    def __len__(self) -> int:
+        return len(self._list())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._list()[index]
+
+
+class _Stacks:
+    """Of a thread: what it has open, innermost last."""
+
     def __init__(self) -> None:
         self.scopes: list[Scope] = []
         self.forced: list[tuple[nn.Module, Forced]] = []
-        self.records: list[tuple[nn.Module, list[Record]]] = []
+        self.records: list[tuple[nn.Module, Records]] = []
         self.prompts: list[tuple[nn.Module, Tensor]] = []
 
 
-_state = _State()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.stacks = _Stacks()
+
+
+class _Traced:
+    """torch.compile does not look into thread-local objects: it sees those of the thread that last opened something."""
+
+    def __init__(self) -> None:
+        self.stacks = _Stacks()
+
+
+_thread = _Thread()
+_traced = _Traced()
+
+
+def _stacks() -> _Stacks:
+    return _traced.stacks if torch.compiler.is_compiling() else _thread.stacks
 
 
 @dataclass
@@ -81,20 +126,24 @@ class Scope:
     Attributes:
         owner: the module that holds the router.
         modality: ``image`` or ``video``.
-        images: from the first expert block's input x (B, T, D) to the images its tiles are of.
+        find: from the owner, ``given`` and the first expert block's input x (B, T, D) to the images its tiles are of;
+            None: a tile is an image.
+        given: the arguments that the tower's caller was called with.
         base: whether an image's ``first`` or ``last`` tile shows the whole of it, where the caller does not say.
     """
 
     owner: nn.Module
     modality: str
-    images: Callable[[Tensor], Images]
+    find: Callable[[nn.Module, dict[str, Any], Tensor], Images] | None
+    given: dict[str, Any]
     base: str
     routing: Routing | None = field(default=None, init=False)
+    single: Routing | None = field(default=None, init=False)  # of the blocks without experts
 
     def route(self, x: Tensor) -> Routing:
         """Return the scope's routing, made of trunk features x (B, T, D) by the first to ask."""
         if self.routing is None:
-            forced = _innermost(_state.forced, self.owner)
+            forced = _innermost(_stacks().forced, self.owner)
             with _named():
                 images = self._images(x, forced)
                 expert = None if forced is None else self._forced(x, forced, images)
@@ -111,7 +160,7 @@ class Scope:
                 expert=expert,
                 eps=router.eps,
             )
-            for owner, records in _state.records:
+            for owner, records in _stacks().records:
                 if owner is self.owner:
                     records.append(Record(self.modality, self.routing, images))
         return self.routing
@@ -124,7 +173,7 @@ class Scope:
                 last = from_counts(given.bincount().tolist(), "last").base_tile
                 images = images._replace(base_tile=last.to(x.device))
             return images
-        images = self.images(x)
+        images = Images() if self.find is None else self.find(self.owner, self.given, x)
         if images.padded:  # made on the device, by what can make no others
             return images._replace(
                 image_of_tile=images.image_of_tile.to(x.device),
@@ -137,13 +186,13 @@ class Scope:
         if expert is None:
             return None
         rows = len(x) if images.base_tile is None else len(images.base_tile)
-        if isinstance(expert, int):
-            return torch.full((rows,), expert, device=x.device)
         expert = expert.to(x.device, non_blocking=True)
+        if expert.ndim == 0:  # one for all
+            return expert.expand(rows)
         living = rows
         if images.padded:  # dead images go to expert 0; how many there are is known to a CPU alone
-            on_cpu = x.device.type == "cpu"
-            living = int(images.image_of_tile[-1]) + 1 if on_cpu else len(expert)
+            readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
+            living = int(images.image_of_tile[-1]) + 1 if readable else len(expert)
         check_forced(expert, living, self.owner.mixpert_settings.num_experts)
         return torch.nn.functional.pad(expert, (0, rows - living))
 
@@ -163,22 +212,36 @@ def current(module: nn.Module) -> Scope:
     Raises:
         RuntimeError: there is none: ``module`` was called by itself.
     """
-    if not _state.scopes:
+    scopes = _stacks().scopes
+    if not scopes:
         raise RuntimeError(
             f"mixpertize: {type(module).__name__} must be called by get_image_features, get_video_features or the "
             "vision tower, which route"
         )
-    return _state.scopes[-1]
+    return scopes[-1]
+
+
+def shared(x: Tensor) -> Routing:
+    """Return the routing of tiles x (B, T, D) to the one expert of a block that all share, made once a scope."""
+    scope = _stacks().scopes[-1] if is_open() else None
+    if scope is None:
+        return Routing.single(len(x), x.device)
+    if scope.single is None or len(scope.single.expert) != len(x):
+        scope.single = Routing.single(len(x), x.device)
+    return scope.single
 
 
 def is_open() -> bool:
-    return bool(_state.scopes)
+    return bool(_stacks().scopes)
 
 
 @contextlib.contextmanager
 def pushed(stack: str, entry: Any) -> Iterator[None]:
     """Have ``entry`` on top of one of this thread's stacks: ``scopes``, ``forced``, ``records`` or ``prompts``."""
-    entries = getattr(_state, stack)
+    stacks = _stacks()
+    if not torch.compiler.is_compiling():
+        _traced.stacks = stacks
+    entries = getattr(stacks, stack)
     entries.append(entry)
     try:
         yield
@@ -191,14 +254,15 @@ def recording(entry: tuple[nn.Module, Any], on: bool) -> None:
 
     Below the stack's other entries, which go as they came whenever this one does.
     """
-    _state.records[:] = [other for other in _state.records if other is not entry]
+    stacks = _traced.stacks = _stacks()
+    stacks.records[:] = [other for other in stacks.records if other is not entry]
     if on:
-        _state.records.insert(0, entry)
+        stacks.records.insert(0, entry)
 
 
 def prompt_of(owner: nn.Module) -> Tensor | None:
     """The input_ids that ``owner`` is being run with, where it is known."""
-    return _innermost(_state.prompts, owner)
+    return _innermost(_stacks().prompts, owner)
 
 
 def _innermost(stack: list[tuple[nn.Module, Any]], owner: nn.Module) -> Any:
