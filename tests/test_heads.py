@@ -103,7 +103,10 @@ def test_directories_that_do_not_fit_are_named(language: Path, tmp_path: Path, c
         captioned_folder(tmp_path / "texts" / name)
     for changes, text in (
         ({"siglip": None, "vision": str(tmp_path)}, "must hold config.json"),
-        ({"siglip": None, "vision": str(classifier / "tower")}, "FusedMixpertTower already"),
+        (
+            {"siglip": None, "vision": str(classifier / "tower")},
+            "must be a checkpoint without experts",
+        ),
         ({"expert_layers": 2}, "expert_layers must"),
         ({"head": None, "language": str(tmp_path)}, "causal language model"),
         ({"head": None, "language": str(language), "projector": 7}, "must be 24, the language"),

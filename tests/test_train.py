@@ -56,7 +56,7 @@ def joint(root: Path, output: str = "joint", **changes: object) -> Recipe:
 def test_what_a_run_leaves(root: Path):
     left = {path.name for path in (root / "out").iterdir()}
     wanted = {"checkpoint.pt", "metrics.jsonl", "tower", "head", "results.json"}
-    wanted |= {"calibration.json", "calibration.png", "router-features.pt"}
+    wanted |= {"calibration.json", "calibration.png", "router-features.pt", "routing.png"}
     assert left - {"tensorboard"} == wanted
     results = json.loads((root / "out" / "results.json").read_text())
     assert set(results["domains"]) == {"photo", "chart"}

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     name = "tau" if result.strategy.name == "score_threshold" else "delta"
     _print_curve(result, name, len(files))
     if args.plot:
-        draw_curve(args.plot, result, name)
+        draw_curve(args.plot, result, name, names[0])
         print(f"plot      {args.plot}")
     if args.out:
         _save(args.checkpoint, args.out, {name: result.strategy.threshold})

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .loading import (
     Preprocess,
+    kind_of,
     load_preprocessing,
     load_tower,
     load_vision_model,
@@ -198,6 +199,7 @@ def build(settings: Model, classes: Sequence[str]) -> tuple[Classifier | PrefixL
         ValueError: a directory is missing or holds something else, or sizes do not fit.
     """
     if settings.vision is not None:
+        refuse_experts(settings.vision)
         vision, projector = load_vision_model(settings.vision, dtype=torch.float32)
     else:
         vision, projector = _random_vision(settings.siglip), None
@@ -227,6 +229,23 @@ def build(settings: Model, classes: Sequence[str]) -> tuple[Classifier | PrefixL
     if language is None:
         return Classifier(tower, classes).eval(), preprocess
     return PrefixLM(tower, language, tokenizer).eval(), preprocess
+
+
+_HAS_EXPERTS = {
+    "tower": "the tower {}: give the checkpoint that it was made from, of which stage clone makes the experts",
+    "mixpertized": "{}, a vision-language model with experts: train that in a loop of your own (docs/mllm.md, "
+    "Training), or give the model that it was made from, of which a tower is trained",
+}
+
+
+def refuse_experts(directory: Path) -> None:
+    """Raise ValueError, which says what to do, if a checkpoint to be trained has experts."""
+    kind = kind_of("train", directory)
+    if kind in _HAS_EXPERTS:
+        raise ValueError(
+            "train: model.vision must be a checkpoint without experts, got "
+            + _HAS_EXPERTS[kind].format(directory)
+        )
 
 
 def _random_vision(sizes: Any) -> nn.Module:

@@ -23,8 +23,11 @@ def curve_report(result: Calibration, images: int) -> dict[str, Any]:
     }
 
 
-def draw_curve(path: Path, result: Calibration, name: str) -> None:
-    """Draw accuracy, fallback and errors over the threshold called ``name``, into a PNG; needs matplotlib."""
+def draw_curve(path: Path, result: Calibration, name: str, versatile: str) -> None:
+    """Draw accuracy, fallback to the expert called ``versatile``, and errors over the threshold called ``name``.
+
+    Into a PNG; needs matplotlib.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), dpi=120, layout="constrained")
@@ -32,7 +35,7 @@ def draw_curve(path: Path, result: Calibration, name: str) -> None:
     x = [point.threshold for point in result.curve]
     for field, color, label in (
         ("accuracy", "#0072b2", "right expert"),
-        ("fallback", "#7f7f7f", "fell back to versatile"),
+        ("fallback", "#7f7f7f", f"fell back to {versatile}"),
         ("errors", "#c00020", "wrong expert"),
     ):
         ax.plot(x, [getattr(point, field) for point in result.curve], color=color, label=label)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixpert_kernels.cli.tables import print_table
 
 from .batches import Batch, Reading, Skipped
+from .confusion import Routes
 from .data import ImageSet
 from .stages import find_tower
 
@@ -79,16 +80,18 @@ def evaluate(
     skip: Callable[[Sequence[Skipped]], None],
     *,
     routed: bool,
-) -> dict[str, dict[str, float]]:
-    """Return, for each domain, the share of right answers by route.
+) -> tuple[dict[str, dict[str, float]], Routes]:
+    """Return, for each domain, the share of right answers by route, and the share of images that went to each expert.
 
     Routes: ``versatile``, expert 0 for all; ``teacher``, the domain's expert, where the tower has several; and with
     ``routed`` also ``router``, the router's choice, of which ``routed_right`` is the share sent to the domain's
-    expert and ``fell_back`` the share sent to expert 0. ``images`` is the number of images.
+    expert and ``fell_back`` the share sent to expert 0. ``images`` is the number of images. The second is empty where
+    no router chose.
     """
     experts = reading.experts
     several = find_tower(model).config.num_experts > 1
     counts = torch.zeros(len(experts), 1 + len(COLUMNS), dtype=torch.float64)
+    went = torch.zeros(len(experts), len(experts), dtype=torch.float64)
     for batch in batches_once(images, reading, skip, "evaluation"):
         device = reading.group.device
         domain = reading.domains(batch.samples)
@@ -105,16 +108,24 @@ def evaluate(
             if name == "router":
                 chosen = out.expert.cpu()
                 found |= {"routed_right": chosen == domain, "fell_back": chosen == 0}
+                one = torch.ones(len(domain), dtype=torch.float64)
+                went.index_put_((domain, chosen), one, accumulate=True)
             for column, hits in found.items():
                 counts[:, 1 + COLUMNS.index(column)].index_add_(0, domain, hits.double())
-    counts = torch.stack(reading.group.gather(counts)).sum(0)
+    counts, went = (torch.stack(reading.group.gather(part)).sum(0) for part in (counts, went))
     shown = [c for c in COLUMNS if c == "versatile" or (several and (routed or c == "teacher"))]
-    return {
+    table = {
         name: {"images": int(row[0])}
         | {column: float(row[1 + COLUMNS.index(column)] / row[0]) for column in shown}
         for name, row in zip(experts, counts, strict=True)
         if row[0]
     }
+    routes = {
+        name: dict(zip(experts, (row / row.sum()).tolist(), strict=True))
+        for name, row in zip(experts, went, strict=True)
+        if row.sum()
+    }
+    return table, routes
 
 
 def print_evaluation(table: dict[str, dict[str, float]]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .calibration import Calibration
 from .checkpoint import save_whole, write_text_whole
+from .confusion import Routes, draw_routes, print_routes
 from .curve import draw_curve
 from .data import Sample
 from .recipe import Recipe
@@ -27,6 +28,7 @@ FEATURES = "router-features.pt"
 NAN_BATCH = "nan-batch.json"
 CALIBRATION = "calibration.json"
 CURVE = "calibration.png"
+ROUTES = "routing.png"
 PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -57,7 +59,9 @@ def load_features(output: Path, key: str) -> tuple[Tensor, Tensor] | None:
     return (saved["features"], saved["domains"]) if saved["key"] == key else None
 
 
-def write_calibration(output: Path, result: Calibration, report: dict[str, Any]) -> None:
+def write_calibration(
+    output: Path, result: Calibration, report: dict[str, Any], versatile: str
+) -> None:
     """Write the report and, with matplotlib, the curve's picture; print what was chosen."""
     write_text_whole(output / CALIBRATION, json.dumps(report, indent=2) + "\n")
     best = result.chosen
@@ -65,10 +69,22 @@ def write_calibration(output: Path, result: Calibration, report: dict[str, Any])
         f"calibrated {report['threshold']} = {report['value']:g} on {report['images']} images: accuracy "
         f"{best.accuracy:.1%}, fallback {best.fallback:.1%}, wrong expert {best.errors:.1%}"
     )
-    if find_spec("matplotlib") is None:
-        print(f'matplotlib is not installed, so {CURVE} is not drawn: pip install -e ".[train]"')
-    else:
-        draw_curve(output / CURVE, result, report["threshold"])
+    if _can_draw(CURVE):
+        draw_curve(output / CURVE, result, report["threshold"], versatile)
+
+
+def write_routes(output: Path, routes: Routes) -> None:
+    """Print where the images of each domain went and, with matplotlib, draw it."""
+    print_routes(routes)
+    if _can_draw(ROUTES):
+        draw_routes(output / ROUTES, routes)
+
+
+def _can_draw(name: str) -> bool:
+    there = find_spec("matplotlib") is not None
+    if not there:
+        print(f'matplotlib is not installed, so {name} is not drawn: pip install -e ".[train]"')
+    return there
 
 
 def write_nan_batch(

@@ -33,7 +33,8 @@ class Data:
 
     Attributes:
         train: images to learn from.
-        experts: the experts' names; the first is the versatile one, each other a domain.
+        experts: the experts' names; the first is the versatile one, each other a domain. They name the metrics, the
+            results and, in the saved tower's configuration, the experts.
         test: images to evaluate on at the end; None for no evaluation.
         held_out: images to calibrate on.
         on_bad_image: what an image that cannot be read does: ``skip`` or ``fail``.
@@ -50,7 +51,8 @@ class Data:
     def __post_init__(self) -> None:
         names = self.experts
         _require(len(names) >= 2, "data.experts", "be at least two names", names)
-        _require(len(set(names)) == len(names), "data.experts", "be different names", names)
+        given = all(name.strip() for name in names) and len(set(names)) == len(names)
+        _require(given, "data.experts", "be different names, none of them blank", names)
         _one_of("data.on_bad_image", self.on_bad_image, ON_BAD_IMAGE)
         _require(self.workers >= 0, "data.workers", "be at least 0", self.workers)
 

@@ -28,6 +28,7 @@ from .output import (
     write_calibration,
     write_nan_batch,
     write_results,
+    write_routes,
 )
 from .prepare import (
     RunData,
@@ -207,9 +208,14 @@ class _Run:
             print(f"saved     {recipe.output / 'tower'} and {recipe.output / 'head'}")
         if self.data.test is not None:
             routed = any(stage.name == "router" for stage in recipe.stages)
-            table = evaluate(self.model, self.data.test, self.reading, self._skip, routed=routed)
+            test, skip = self.data.test, self._skip
+            table, routes = evaluate(self.model, test, self.reading, skip, routed=routed)
             results |= {"domains": table, "mean": mean_over_domains(table)}
             print_evaluation(table)
+            if routes:
+                results["routes"] = routes
+                if self.group.first:
+                    write_routes(recipe.output, routes)
         results["skipped"] = self.group.gather(len(self.skips.seen))[0]
         if self.group.first:
             if self.skips.seen:
@@ -225,7 +231,7 @@ class _Run:
         result = calibrate(tower, features.to(device), domains.to(device), max_errors=max_errors)
         report = {"max_errors": max_errors, **curve_report(result, len(features))}
         if self.group.first:
-            write_calibration(self.recipe.output, result, report)
+            write_calibration(self.recipe.output, result, report, self.recipe.data.experts[0])
         return {key: value for key, value in report.items() if key != "curve"}
 
     def _skip(self, skipped: Sequence[Skipped]) -> None:
