@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpert_kernels.backends.reference.route import pool
+
 from .blocks import ExpertLayer
 from .mixpertize import owner_of
 from .routes import record_routing
@@ -18,7 +20,7 @@ from .scope import pushed
 def router_features(model: nn.Module, **inputs: Any) -> Tensor:  # (I, D) float32
     """Return the pooled trunk features of each image, which the router scores: cache them once to train it.
 
-    ``features[i] = mean_t x[base_tile[i], t]`` with x the input of the first block with experts. The language model
+    The mean over the tokens of each image's base tile, at the input of the first block with experts. The language model
     does not run. With ``mixpert_kernels.training.fit_router`` this trains the router alone, on labels.
 
     Args:
@@ -61,5 +63,5 @@ def router_features(model: nn.Module, **inputs: Any) -> Tensor:  # (I, D) float3
     (x,), (record,) = seen, records
     base = record.images.base_tile
     if base is not None:  # the dead ones of a padded batch come last
-        x = x.index_select(0, base[: len(record.expert)])
-    return x.mean(1, dtype=torch.float32)
+        base = base[: len(record.expert)]
+    return pool(x, record.routing.cu_seqlens, base).float()
