@@ -64,6 +64,20 @@ def test_features_are_of_the_models_own_dtype_and_boundaries_from_outside():
         assert torch.equal(router_features(model, **inputs), every[[0, 2]])
 
 
+def test_a_model_inside_another_is_trained_too():
+    kind = KINDS["llava"]
+    model = mixed(kind)
+    inputs = kind.call([[1], [1]])
+    inside = torch.nn.ModuleDict({"model": model})
+    features = router_features(inside, **inputs)
+    assert torch.equal(features, router_features(model, **inputs))
+    for labels in ([0, 2], [2, 1]):
+        fit_router(inside, features, torch.tensor(labels), steps=100, lr=0.1)
+        with record_routing(inside) as records:
+            model(**inputs)
+        assert records[0].expert.tolist() == labels
+
+
 def test_what_is_refused():
     kind = KINDS["llava"]
     inputs = kind.call([[1]])

@@ -67,9 +67,10 @@ def fit_router(
 
 
 def router_of(caller: str, model: nn.Module) -> Router:
-    """The router of a FusedMixpertTower or of a mixpertized model; ValueError for any other."""
-    owner = getattr(model, "base_model", model)
-    router = getattr(owner, "mixpert_router", getattr(model, "router", None))
+    """The router of a FusedMixpertTower or of a mixpertized model, which may be inside another; ValueError if none."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    routers = [m.mixpert_router for m in modules if "mixpert_router" in m._modules]
+    router = routers[0] if len(routers) == 1 else getattr(model, "router", None)
     if not isinstance(router, Router):
         raise ValueError(
             f"{caller}: tower must be a FusedMixpertTower or a mixpertized model, got a plain {type(model).__name__}"
