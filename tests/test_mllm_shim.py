@@ -15,6 +15,8 @@ from _mllms import KINDS
 from test_mllm_parity import mixed
 from test_mllm_saving import load
 
+from mixpert_kernels import cli
+
 WORKER = Path(__file__).with_name("_shim_worker.py")
 DTYPES = ("float32", "bfloat16")
 pytestmark = pytest.mark.usefixtures("one_thread")  # the logits are compared bitwise
@@ -62,6 +64,15 @@ def test_every_family_loads_without_an_import(family, dtype, folder, results):
     for name in ("architectures", "auto_map", "mixpert", "model_type"):
         assert configs[0][name] == configs[1][name]
     assert configs[0]["architectures"] == [KINDS[family].model]
+
+
+def test_convert_writes_it(folder, tmp_path):
+    assert (
+        cli.main(["convert", str(folder / "plain" / "llava"), "--out", str(tmp_path / "out")]) == 0
+    )
+    assert (tmp_path / "out" / "modeling_mixpert.py").is_file()
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"]
+    assert set(found.values()) == {"modeling_mixpert.LlavaForConditionalGeneration"}
 
 
 def test_without_the_package_the_error_names_it(results):
