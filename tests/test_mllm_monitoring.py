@@ -115,6 +115,12 @@ def test_counting_ends_whatever_else_does():
             model(**inputs)
         model(**inputs)
     assert (len(records), len(inner), shares.read()) == (2, 1, {})
+    with record_routing(model):
+        context = expert_shares(model)
+        shares = context.__enter__()
+    model(**inputs)
+    context.__exit__(None, None, None)
+    assert int(shares.counts().sum()) == 1
     with expert_shares(model) as shares:
         thread = threading.Thread(target=lambda: model(**inputs))
         thread.start()

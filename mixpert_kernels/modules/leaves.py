@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -141,6 +142,21 @@ def is_hooked(module: nn.Module) -> bool:
         for table in tables
         for hook in table.values()
     )
+
+
+def in_place(module: nn.Module, read: Callable[[], Any]) -> Any:
+    """Return what ``read`` does of the parameters of ``module`` without calling it.
+
+    accelerate may keep them elsewhere, and has them in place while the modules that they belong to run.
+    """
+    hooked = [m for m in module.modules() if hasattr(m, "_hf_hook")]
+    for m in hooked:
+        m._hf_hook.pre_forward(m)
+    try:
+        return read()
+    finally:
+        for m in hooked:
+            m._hf_hook.post_forward(m, None)
 
 
 def get(block: nn.Module, path: str) -> object:

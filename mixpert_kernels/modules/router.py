@@ -47,6 +47,9 @@ class Router(nn.Module):
             self.norm.weight, self.norm.bias, *hidden, self.out.weight, self.out.bias
         )
 
+    def weights_on(self, device: torch.device) -> RouterWeights:
+        return RouterWeights(*(None if w is None else w.to(device) for w in self.weights))
+
     def forward(self, pooled: Tensor) -> Tensor:
         """Pooled features (I, D) to logits (I, E), in the features' dtype; for training on cached features."""
         params = [None if p is None else p.to(pooled.dtype) for p in self.weights]

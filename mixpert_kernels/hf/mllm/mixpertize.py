@@ -72,6 +72,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     family, owner = mllm_of(model.config), model.base_model
     layers = feature_layers(owner.config, family)
     settings.check(layers)
+    _refuse_hooks(CALL, model)
     tower, projector = owner.get_submodule(family.tower), owner.get_submodule(family.projector)
     every = list(blocks_of(tower))
     experts = every[layers - settings.expert_layers : layers]
@@ -94,6 +95,8 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     owner.__class__ = blocks.subclass(type(owner), _owner_class(type(owner), family))
     if model is not owner:
         model.__class__ = blocks.subclass(type(model), _head_class(type(model)))
+    for module in (owner, model):  # device_map="auto" keeps a projector's leaves with its routing
+        module._no_split_modules = {*(module._no_split_modules or ()), type(projector).__name__}
     model.config.mixpert = settings.as_dict()
 
 
@@ -114,6 +117,7 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         raise ValueError(f"unmixpertize: model must be taken out of its {kind} first, got {kind}")
+    _refuse_hooks("unmixpertize", model)
     names = settings.expert_names or []
     number = names.index(expert) if expert in names else expert
     if type(number) is not int or not 0 <= number < settings.num_experts:
@@ -132,6 +136,18 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     del model.config.mixpert
     shim.forget(model.config)
     return model
+
+
+def _refuse_hooks(caller: str, model: nn.Module) -> None:
+    """A forward of the module's own, such as accelerate's hooks leave, is a method of the class that it had before."""
+    family, owner = mllm_of(model.config), model.base_model
+    sides = [owner.get_submodule(path) for path in (family.tower, family.projector)]
+    for module in (model, owner, *(m for side in sides for m in side.modules())):
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{caller}: model must not be dispatched to devices or hooked by accelerate, got a hooked "
+                f"{type(module).__name__}: load it without device_map, and dispatch it afterwards"
+            )
 
 
 def owner_of(caller: str, model: nn.Module) -> nn.Module:

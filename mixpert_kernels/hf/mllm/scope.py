@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mixpert_kernels import ops
 from mixpert_kernels.hf.inputs import check_forced, resolve_images
+from mixpert_kernels.modules.leaves import in_place
 from mixpert_kernels.routing import Routing
 
 from .boundaries import Images, from_counts
@@ -148,9 +149,7 @@ class Scope:
                 images = self._images(x, forced)
                 expert = None if forced is None else self._forced(x, forced, images)
             router, settings = self.owner.mixpert_router, self.owner.mixpert_settings
-            weights = type(router.weights)(
-                *(None if w is None else w.to(x.device) for w in router.weights)
-            )
+            weights = in_place(router, lambda: router.weights_on(x.device))
             self.routing = ops.route(
                 x,
                 weights,
