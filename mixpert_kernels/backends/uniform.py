@@ -13,7 +13,7 @@ OPS = (
     "route",
     "route_grouped_linear",
 )
-UNIFORM_ONLY: dict[str, tuple[str, ...]] = {"triton": OPS, "cuda": OPS}
+UNIFORM_ONLY: dict[str, tuple[str, ...]] = {}
 
 
 def refuse_packed(op: str, backend: str, cu_seqlens: Tensor | None) -> None:

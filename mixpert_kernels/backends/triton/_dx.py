@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._gemm import (
     alike,
@@ -22,6 +20,15 @@ from ._gemm import (
     rows_dense,
 )
 from ._math import activate, activate_grad
+from ._tiles import (
+    Rows,
+    as_tiles,
+    box_of,
+    count_row_blocks,
+    locate_rows,
+    rows_before,
+    strides,
+)
 
 
 @triton.jit(do_not_specialize=["batch", "tokens"])
@@ -35,6 +42,7 @@ def _linear_dx_kernel(
     h_ptr,  # (B, T, K) or None
     expert_ptr,  # (B,) int32
     order_ptr,  # (B,) int32
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
     batch,
     tokens,
     columns,
@@ -61,41 +69,46 @@ def _linear_dx_kernel(
     # A block is BLOCK_M tokens of one tile x BLOCK_N columns, visited as in grouped_linear. It adds the weights up one
     # after the other. Grid: B * cdiv(T, BLOCK_M) * cdiv(K, BLOCK_N), or, PERSISTENT, what fills the chip once.
     NUM_WEIGHTS: tl.constexpr = 3 if w2 is not None else 2 if w1 is not None else 1
-    token_blocks = tl.cdiv(tokens, BLOCK_M)
-    row_blocks, column_blocks = batch * token_blocks, tl.cdiv(columns, BLOCK_N)
+    row_blocks = count_row_blocks(batch, tokens, cu_seqlens_ptr, BLOCK_M)
+    column_blocks = tl.cdiv(columns, BLOCK_N)
     first = tl.program_id(0)
     last = row_blocks * column_blocks if PERSISTENT else first + 1
     for block in range(first, last, tl.num_programs(0) if PERSISTENT else 1):
         row, column = locate(block, row_blocks, column_blocks, GROUP)
-        tile = tl.load(order_ptr + row // token_blocks)
+        tile, begin, count, first_m = locate_rows(
+            row, batch, tokens, order_ptr, cu_seqlens_ptr, BLOCK_M
+        )
         expert = tl.load(expert_ptr + tile)
-        b, e = tile.to(tl.int64), expert.to(tl.int64)
-        first_m, first_n = row % token_blocks * BLOCK_M, column * BLOCK_N
+        b, e = begin.to(tl.int64), expert.to(tl.int64)
+        first_n = column * BLOCK_N
+        far, near = box_of(begin, first_m, cu_seqlens_ptr)
+        summed = depth if cu_seqlens_ptr is None else tl.where(first_m < count, depth, 0)
         m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if TMA:  # a descriptor cannot be selected, so that each weight has a loop of its own
             for i in tl.static_range(NUM_WEIGHTS):
                 acc = product_tma(
-                    acc, dz, w0 if i == 0 else w1 if i == 1 else w2, tile, expert, first_m, first_n, i * depth, depth,
+                    acc, dz, w0 if i == 0 else w1 if i == 1 else w2, far, expert, near, first_n, i * depth, summed,
                     INPUT_PRECISION, True, BLOCK_K,
                 )  # fmt: skip
         else:
             for i in range(NUM_WEIGHTS):
                 acc = product(
-                    acc, dz + b * stride_zb + i * depth, pick(i, w0, w1, w2) + e * stride_we, m, n, tokens, columns,
-                    depth, stride_zt, 1, stride_wn, INPUT_PRECISION, EVEN_K, BLOCK_K,
+                    acc, dz + b * stride_zb + i * depth, pick(i, w0, w1, w2) + e * stride_we, m, n, count, columns,
+                    summed, stride_zt, 1, stride_wn, INPUT_PRECISION, EVEN_K, BLOCK_K,
                 )  # fmt: skip
         rows = m[:, None]
+        before = rows_before(begin, tokens, cu_seqlens_ptr) * columns
         if pre_ptr is None:
-            inside = (rows < tokens) & (n[None, :] < columns)
-            place = b * tokens * columns + (rows * columns + n[None, :])
+            inside = (rows < count) & (n[None, :] < columns)
+            place = before + (rows * columns + n[None, :])
             tl.store(dx_ptr + place, acc.to(dx_ptr.dtype.element_ty), mask=inside)
         else:  # in halves, for the registers
             halves = acc.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
             for i in tl.static_range(2):
                 half = first_n + i * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)[None, :]
-                inside = (rows < tokens) & (half < columns)
-                place = b * tokens * columns + (rows * columns + half)
+                inside = (rows < count) & (half < columns)
+                place = before + (rows * columns + half)
                 pre = tl.load(pre_ptr + place, mask=inside, other=0.0).to(tl.float32)
                 h = activate(pre, ACTIVATION)
                 tl.store(h_ptr + place, h.to(h_ptr.dtype.element_ty), mask=inside)
@@ -104,7 +117,7 @@ def _linear_dx_kernel(
 
 
 def linear_dx(
-    dz: Tensor,  # (B, T, sum N_i)
+    dz: Tensor,  # (B, T, sum N_i), packed (R, sum N_i); pre, dx and h likewise
     weights: list[Tensor],  # each (E, N_i, K)
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
@@ -117,12 +130,11 @@ def linear_dx(
 
     One launch for up to three weights of one shape and layout; others are concatenated first.
     """
-    refuse_packed("grouped_linear", "triton", cu_seqlens)
     dz, weights = rows_dense(dz), [rows_dense(w) for w in weights]
     if alike(weights) < len(weights):
         weights = [torch.cat(weights, 1)]
-    (batch, tokens, _), (_, depth, columns) = dz.shape, weights[0].shape
-    dx = dz.new_empty(batch, tokens, columns)
+    rows, (_, depth, columns) = Rows.of(dz, cu_seqlens), weights[0].shape
+    dx = dz.new_empty(*dz.shape[:-1], columns)
     h = None if pre is None else torch.empty_like(dx)
     chip = _configs.chip(dz.device)
     args = {
@@ -131,12 +143,11 @@ def linear_dx(
         "h_ptr": h,
         "expert_ptr": expert,
         "order_ptr": order,
-        "batch": batch,
-        "tokens": tokens,
+        **rows.args,
+        "batch": rows.batch,
         "columns": columns,
         "depth": depth,
-        "stride_zb": dz.stride(0),
-        "stride_zt": dz.stride(1),
+        **strides("stride_z{}", dz),
         "stride_we": weights[0].stride(0),
         "stride_wn": weights[0].stride(1),
         "ACTIVATION": activation,
@@ -146,18 +157,21 @@ def linear_dx(
     def run(row: _configs.GemmConfig) -> None:
         operands = {"dz": dz, **named("w{}", weights)}
         if row.tma:
+            operands["dz"] = as_tiles(dz)
             boxes = {"dz": (1, row.block_m, row.block_k)}
             operands = {
                 name: describe(t, boxes.get(name, (1, row.block_k, row.block_n)))
                 for name, t in operands.items()
             }
         flags = {"EVEN_K": row.tma or depth % row.block_k == 0, **row.constants}
-        blocks = batch * triton.cdiv(tokens, row.block_m) * triton.cdiv(columns, row.block_n)
+        blocks = rows.num_blocks(row.block_m) * triton.cdiv(columns, row.block_n)
         grid = (row.programs(blocks, chip),)
         _launch.launch(_linear_dx_kernel, grid, operands | args | flags, row)
 
     # A box of dz must not reach into the columns of the next weight: 64 is a multiple of every BLOCK_K.
     apart = len(weights) == 1 or depth % 64 == 0
-    rows = _configs.gemm_rows(chip, dz.dtype, lambda: apart and describable(dz, *weights))
-    run(_configs.fastest(("linear_dx", columns, depth, dz.dtype, chip), rows, run))
+    configs = _configs.gemm_rows(
+        chip, dz.dtype, lambda: apart and describable(as_tiles(dz), *weights)
+    )
+    run(_configs.fastest(("linear_dx", columns, depth, dz.dtype, chip), configs, run))
     return dx, h

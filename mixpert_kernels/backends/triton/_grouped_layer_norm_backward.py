@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._reduce import sum_by_expert
 from ._rows import aligned_rows, load_gain, load_rows, mean_of_rows, row_pointers
+from ._tiles import Rows, locate_rows, strides
 
 
-@triton.jit(do_not_specialize=["tokens", "stride_gb", "stride_gt", "stride_xb", "stride_xt"])
+@triton.jit(
+    do_not_specialize=["batch", "tokens", "stride_gb", "stride_gt", "stride_xb", "stride_xt"]
+)
 def _grouped_layer_norm_backward_kernel(
     dy_ptr,  # (B, T, D)
     x_ptr,  # (B, T, D)
@@ -25,6 +26,8 @@ def _grouped_layer_norm_backward_kernel(
     dw_ptr,  # (B, S, D) float32
     dc_ptr,  # (B, S, D) float32 or None
     expert_ptr,  # (B,) int32
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
+    batch,
     tokens,
     stride_gb,
     stride_gt,
@@ -41,27 +44,31 @@ def _grouped_layer_norm_backward_kernel(
     #
     # One program takes chunk s of one tile, TOKENS tokens, ROWS at a time. Grid: B * cdiv(T, TOKENS).
     # TOKENS is fixed, so that a tile's parts do not depend on the batch; another kernel adds them in batch order.
-    chunks = tl.cdiv(tokens, TOKENS)
-    b = tl.program_id(0) // chunks
-    s = tl.program_id(0) % chunks
+    b, begin, count, start = locate_rows(
+        tl.program_id(0), batch, tokens, None, cu_seqlens_ptr, TOKENS
+    )
     e = tl.load(expert_ptr + b).to(tl.int64)
-    end = tl.minimum((s + 1) * TOKENS, tokens)
+    # Not rows_before: the offset of dx, computed another way, costs registers.
+    apart = tokens.to(tl.int64) if cu_seqlens_ptr is None else 1
+    end = tl.minimum(start + TOKENS, count)
     dw, dc = (), ()
     for _ in tl.static_range(0, D, LANES):
         dw += (tl.zeros((ROWS, LANES), tl.float32),)
         dc += (tl.zeros((ROWS, LANES), tl.float32),)
-    for first in range(s * TOKENS, end, ROWS):
+    for first in range(start, end, ROWS):
         t = first + tl.arange(0, ROWS)
         valid = (t < end)[:, None]
-        row = b.to(tl.int64) * tokens + t[:, None]
+        row = begin.to(tl.int64) * apart + t[:, None]
         mean = tl.load(mean_ptr + row, mask=valid, other=0.0)
         rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)
-        dy = load_rows(row_pointers(dy_ptr, b, t, stride_gb, stride_gt, VECTOR), valid, D, LANES)
-        x = load_rows(row_pointers(x_ptr, b, t, stride_xb, stride_xt, VECTOR), valid, D, LANES)
-        dx = row_pointers(dx_ptr, b, t, tokens.to(tl.int64) * D, D, VECTOR)
+        dy = row_pointers(dy_ptr, begin, t, stride_gb, stride_gt, VECTOR)
+        dy = load_rows(dy, valid, D, LANES)
+        x = row_pointers(x_ptr, begin, t, stride_xb, stride_xt, VECTOR)
+        x = load_rows(x, valid, D, LANES)
+        dx = row_pointers(dx_ptr, begin, t, apart * D, D, VECTOR)
         dw, dc = _add_parts(dw, dc, dy, x, mean, rstd)
         _store_dx(dy, x, mean, rstd, w_ptr, e, dx, valid, D, LANES)
-    part = (b.to(tl.int64) * chunks + s) * D
+    part = tl.program_id(0).to(tl.int64) * D
     for i in tl.static_range(len(dw)):
         d = i * LANES + tl.arange(0, LANES)
         tl.store(dw_ptr + part + d, tl.sum(dw[i], 0), mask=d < D)
@@ -97,7 +104,7 @@ def _store_dx(dy, x, mean, rstd, w_ptr, e, dx, valid, D: tl.constexpr, LANES: tl
 
 
 def grouped_layer_norm_backward(
-    dy: Tensor,  # (B, T, D)
+    dy: Tensor,  # (B, T, D), packed (R, D); x, mean, rstd and dx likewise
     x: Tensor,  # (B, T, D)
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
@@ -108,13 +115,12 @@ def grouped_layer_norm_backward(
     offsets: Tensor,  # (E + 1,) int32
     cu_seqlens: Tensor | None,  # (B + 1,) int32
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
-    refuse_packed("grouped_layer_norm", "triton", cu_seqlens)
-    batch, tokens, width = x.shape
+    rows, width = Rows.of(x, cu_seqlens), x.shape[-1]
     block = _configs.layer_norm(width, x.element_size(), backward=True)
     dy, x, weight = (aligned_rows(t) for t in (dy, x, weight))
-    chunks = triton.cdiv(tokens, _configs.LAYER_NORM_TOKENS)
+    chunk = _configs.LAYER_NORM_TOKENS
     dx = x.new_empty(x.shape)
-    dw = x.new_empty(batch, chunks, width, dtype=torch.float32)
+    dw = x.new_empty(*rows.blocks(chunk), width, dtype=torch.float32)
     dc = None if bias is None else torch.empty_like(dw)
     args = {
         "dy_ptr": dy,
@@ -126,20 +132,19 @@ def grouped_layer_norm_backward(
         "dw_ptr": dw,
         "dc_ptr": dc,
         "expert_ptr": expert,
-        "tokens": tokens,
-        "stride_gb": dy.stride(0),
-        "stride_gt": dy.stride(1),
-        "stride_xb": x.stride(0),
-        "stride_xt": x.stride(1),
+        **rows.args,
+        **strides("stride_g{}", dy),
+        **strides("stride_x{}", x),
         "D": width,
         "VECTOR": block.VECTOR,
         "ROWS": block.ROWS,
         "LANES": block.LANES,
-        "TOKENS": _configs.LAYER_NORM_TOKENS,
+        "TOKENS": chunk,
     }
-    _launch.launch(_grouped_layer_norm_backward_kernel, (batch * chunks,), args, block)
-    experts = weight.shape[0]
-    dweight = sum_by_expert(dw, order, offsets, experts, weight.dtype)
+    grid = (rows.num_blocks(chunk),)
+    _launch.launch(_grouped_layer_norm_backward_kernel, grid, args, block)
+    ids, packed = (order, offsets, weight.shape[0]), {"cu_seqlens": cu_seqlens, "chunk": chunk}
+    dweight = sum_by_expert(dw, *ids, weight.dtype, **packed)
     if dc is None:
         return dx, dweight, weight.new_empty(0)
-    return dx, dweight, sum_by_expert(dc, order, offsets, experts, weight.dtype)
+    return dx, dweight, sum_by_expert(dc, *ids, weight.dtype, **packed)

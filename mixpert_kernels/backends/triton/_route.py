@@ -44,6 +44,22 @@ def product(a, b):
 
 
 @triton.jit
+def images_of(tile, base_tile_ptr, images, BLOCK: tl.constexpr):
+    """The images whose base is a tile, among others: (first, last + 1). None if the first is the last."""
+    first = tile
+    last = tile + 1  # a tile is an image
+    if base_tile_ptr is not None:
+        first = images
+        last = 0
+        for i0 in range(0, images, BLOCK):
+            i = i0 + tl.arange(0, BLOCK)
+            mine = (tl.load(base_tile_ptr + i, mask=i < images, other=-1) == tile) & (i < images)
+            first = tl.minimum(first, tl.min(tl.where(mine, i, images), axis=0))
+            last = tl.maximum(last, tl.max(tl.where(mine, i + 1, 0), axis=0))
+    return first, last
+
+
+@triton.jit
 def partial_pool(
     x_ptr,  # (T, D), the tile
     partial_ptr,  # (D,) float32

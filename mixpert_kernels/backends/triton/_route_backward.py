@@ -7,11 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._math import activate, activate_grad
-from ._route import GROUP, linear, load_vector, normalise, product, sum_rows, total
+from ._route import GROUP, images_of, linear, load_vector, normalise, product, sum_rows, total
+from ._tiles import Rows, locate_rows, rows_before, rows_of_tile
 
 LINES: tl.constexpr = tl.constexpr(4)  # rows of a weight side by side
 
@@ -42,6 +41,8 @@ def _route_image_backward_kernel(
     hidden_bias_ptr,  # (H,) or None
     weight_ptr,  # (E, H or D)
     image_ptr,  # (I, 4 D + 2 H + E) float32: dp / T, dh k, dh, h; g, dz; dl
+    base_tile_ptr,  # (I,) or None; where all tiles have T tokens, None
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
     tokens,
     eps,
     D: tl.constexpr,
@@ -56,6 +57,8 @@ def _route_image_backward_kernel(
     #
     # One program an image. It writes what the sums over images need: their terms, one row an image.
     i = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(0) if base_tile_ptr is None else tl.load(base_tile_ptr + i)
+    _, rows = rows_of_tile(tile, tokens, cu_seqlens_ptr)
     image_ptr += i * (4 * D + 2 * H + E)
     g_ptr = image_ptr + 4 * D
     dz_ptr = g_ptr + H
@@ -85,7 +88,7 @@ def _route_image_backward_kernel(
     u = product(dh, gamma)
     dp = rstd * (u - total(u) / D - k * (total(product(u, k)) / D))
     dp += load_vector(dpooled_ptr + i * D, D, WIDTH)
-    count = tl.broadcast_to(tokens.to(tl.float32), (WIDTH,))
+    count = tl.broadcast_to(rows.to(tl.float32), (WIDTH,))
     tl.store(image_ptr + d, tl.div_rn(dp, count), mask=d < D)
     tl.store(image_ptr + D + d, dh * k, mask=d < D)
     tl.store(image_ptr + 2 * D + d, dh, mask=d < D)
@@ -184,12 +187,14 @@ def _route_parameters_backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["images", "tokens"])
+@triton.jit(do_not_specialize=["images", "batch", "tokens"])
 def _route_features_backward_kernel(
     image_ptr,  # (I, stride) float32, dp / T first
     base_tile_ptr,  # (I,) or None
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
     dx_ptr,  # (B, T, D)
     images,
+    batch,
     tokens,
     stride,
     D: tl.constexpr,
@@ -200,19 +205,12 @@ def _route_features_backward_kernel(
     # dx[b, t] = sum over i with base_tile[i] = b of dp[i] / T: one image's, or 0
     #
     # One program writes ROWS rows of one tile. Grid: B * cdiv(T, ROWS).
-    blocks = tl.cdiv(tokens, ROWS)
-    tile = tl.program_id(0) // blocks
-    t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
-    first = tile
-    last = tile + 1  # no other image has this tile
-    if base_tile_ptr is not None:
-        first = images
-        last = 0
-        for i0 in range(0, images, BLOCK_I):
-            i = i0 + tl.arange(0, BLOCK_I)
-            mine = (tl.load(base_tile_ptr + i, mask=i < images, other=-1) == tile) & (i < images)
-            first = tl.minimum(first, tl.min(tl.where(mine, i, images), axis=0))
-            last = tl.maximum(last, tl.max(tl.where(mine, i + 1, 0), axis=0))
+    tile, begin, count, first_row = locate_rows(
+        tl.program_id(0), batch, tokens, None, cu_seqlens_ptr, ROWS
+    )
+    t = first_row + tl.arange(0, ROWS)
+    before = rows_before(begin, tokens, cu_seqlens_ptr)
+    first, last = images_of(tile, base_tile_ptr, images, BLOCK_I)
     for d0 in range(0, D, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D)
         value = tl.zeros((BLOCK_D,), tl.float32)
@@ -223,14 +221,14 @@ def _route_features_backward_kernel(
             value += tl.load(row_ptr + d, mask=d < width, other=0.0)
             row_ptr += stride
         rows = tl.broadcast_to(value[None, :], (ROWS, BLOCK_D)).to(dx_ptr.dtype.element_ty)
-        at = (tile.to(tl.int64) * tokens + t[:, None]) * D + d[None, :]
-        tl.store(dx_ptr + at, rows, mask=(t[:, None] < tokens) & (d[None, :] < D))
+        at = (before + t[:, None]) * D + d[None, :]
+        tl.store(dx_ptr + at, rows, mask=(t[:, None] < count) & (d[None, :] < D))
 
 
 def route_backward(
     dscores: Tensor,  # (I, E)
     dpooled: Tensor,  # (I, D)
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D), packed (R, D); so is dx
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     base_tile: Tensor | None,
     norm_weight: Tensor,
@@ -243,8 +241,7 @@ def route_backward(
     eps: float,
     needs_x: bool,
 ) -> list[Tensor]:  # dx, dnorm_weight, dnorm_bias, dhidden_weight, dhidden_bias, dweight, dbias
-    refuse_packed("route", "triton", cu_seqlens)
-    batch, tokens, width = x.shape
+    tiles, width = Rows.of(x, cu_seqlens), x.shape[-1]
     (images, experts), hidden = scores.shape, 0 if hidden_weight is None else hidden_weight.shape[0]
     stride = 4 * width + 2 * hidden + experts
     work = x.new_empty(images, stride, dtype=torch.float32)
@@ -264,7 +261,9 @@ def route_backward(
         "pooled_ptr": pooled,
     }
     args = {n: None if t is None else t.contiguous() for n, t in (rows | params).items()}
-    args |= {"image_ptr": work, "tokens": tokens, "eps": eps}
+    base_tile = None if base_tile is None else base_tile.contiguous()
+    args |= {"image_ptr": work, "eps": eps, "tokens": tiles.tokens, "cu_seqlens_ptr": cu_seqlens}
+    args["base_tile_ptr"] = None if cu_seqlens is None else base_tile
     args |= sizes | powers_of_two(width, hidden, experts)
     _launch.launch(_route_image_backward_kernel, (images,), args, config)
 
@@ -282,12 +281,10 @@ def route_backward(
 
     dx = x.new_empty(x.shape) if needs_x else x.new_empty(0)
     if needs_x:
-        if base_tile is not None:
-            base_tile = base_tile.contiguous()
         args = {"image_ptr": work, "base_tile_ptr": base_tile, "dx_ptr": dx, "images": images}
-        args |= {"tokens": tokens, "stride": stride, "D": width}
+        args |= {**tiles.args, "stride": stride, "D": width}
         args |= {"ROWS": config.rows, "BLOCK_I": sums.block_i, "BLOCK_D": config.block_d}
-        grid = batch * triton.cdiv(tokens, config.rows)
+        grid = tiles.num_blocks(config.rows)
         _launch.launch(_route_features_backward_kernel, (grid,), args, config)
     return [dx, *(x.new_empty(0) if g is None else g for g in grads.values())]
 

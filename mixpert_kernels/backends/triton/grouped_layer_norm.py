@@ -7,16 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._grouped_layer_norm_backward import (
     grouped_layer_norm_backward as grouped_layer_norm_backward,
 )
 from ._rows import aligned_rows, normalise_rows, row_pointers
+from ._tiles import Rows, locate_rows, rows_before, strides
 
 
-@triton.jit(do_not_specialize=["tokens", "stride_xb", "stride_xt"])
+@triton.jit(do_not_specialize=["batch", "tokens", "stride_xb", "stride_xt"])
 def _grouped_layer_norm_kernel(
     x_ptr,  # (B, T, D)
     w_ptr,  # (E, D)
@@ -25,6 +24,8 @@ def _grouped_layer_norm_kernel(
     mean_ptr,  # (B, T) float32
     rstd_ptr,  # (B, T) float32
     expert_ptr,  # (B,) int32
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
+    batch,
     tokens,
     stride_xb,
     stride_xt,
@@ -39,21 +40,23 @@ def _grouped_layer_norm_kernel(
     #
     # One program normalises ROWS tokens of one tile. Grid: B * cdiv(T, ROWS).
     # Strides and T are not specialised: where a tile lies in memory must not change the order of its sums.
-    blocks = tl.cdiv(tokens, ROWS)
-    b = tl.program_id(0) // blocks
-    t = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
+    b, begin, count, first = locate_rows(
+        tl.program_id(0), batch, tokens, None, cu_seqlens_ptr, ROWS
+    )
+    t = first + tl.arange(0, ROWS)
     e = tl.load(expert_ptr + b).to(tl.int64)
-    valid = (t < tokens)[:, None]
-    x = row_pointers(x_ptr, b, t, stride_xb, stride_xt, VECTOR)
-    y = row_pointers(y_ptr, b, t, tokens.to(tl.int64) * D, D, VECTOR)
+    valid = (t < count)[:, None]
+    before = rows_before(begin, tokens, cu_seqlens_ptr)
+    x = row_pointers(x_ptr, begin, t, stride_xb, stride_xt, VECTOR)
+    y = row_pointers(y_ptr, before, t, D, D, VECTOR)
     mean, rstd = normalise_rows(x, y, w_ptr, c_ptr, e, valid, eps, D, LANES)
-    row = b.to(tl.int64) * tokens + t[:, None]
+    row = before + t[:, None]
     tl.store(mean_ptr + row, mean, mask=valid)
     tl.store(rstd_ptr + row, rstd, mask=valid)
 
 
 def grouped_layer_norm(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D), packed (R, D); the results likewise
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
     expert: Tensor,  # (B,) int32
@@ -62,12 +65,11 @@ def grouped_layer_norm(
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1) float32, rstd (B, T, 1) float32
-    refuse_packed("grouped_layer_norm", "triton", cu_seqlens)
-    batch, tokens, width = x.shape
+    rows, width = Rows.of(x, cu_seqlens), x.shape[-1]
     block = _configs.layer_norm(width, x.element_size())
     x, weight, bias = (aligned_rows(t) for t in (x, weight, bias))
     y = x.new_empty(x.shape)
-    mean = x.new_empty(batch, tokens, 1, dtype=torch.float32)
+    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     args = {
         "x_ptr": x,
@@ -77,15 +79,14 @@ def grouped_layer_norm(
         "mean_ptr": mean,
         "rstd_ptr": rstd,
         "expert_ptr": expert,
-        "tokens": tokens,
-        "stride_xb": x.stride(0),
-        "stride_xt": x.stride(1),
+        **rows.args,
+        **strides("stride_x{}", x),
         "eps": eps,
         "D": width,
         "VECTOR": block.VECTOR,
         "ROWS": block.ROWS,
         "LANES": block.LANES,
     }
-    grid = (batch * triton.cdiv(tokens, block.ROWS),)
+    grid = (rows.num_blocks(block.ROWS),)
     _launch.launch(_grouped_layer_norm_kernel, grid, args, block)
     return y, mean, rstd

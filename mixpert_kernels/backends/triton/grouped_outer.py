@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._gemm import WEIGHTS, describable, describe, locate, rows_dense
+from ._tiles import rows_of_tile, strides
 
 
 @triton.jit
@@ -39,6 +38,7 @@ def _grouped_outer_kernel(
     out2_ptr,  # (E, WIDTH2, K)
     order_ptr,  # (B,) int32
     offsets_ptr,  # (E + 1,) int32
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
     tokens,
     stride_zb,
     stride_zt,
@@ -75,8 +75,8 @@ def _grouped_outer_kernel(
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     # Two loops: in a single one over all tokens of an expert, addresses wait for `order` and nothing is prefetched.
     for i in range(tl.load(offsets_ptr + e), tl.load(offsets_ptr + e + 1)):
-        b = tl.load(order_ptr + i)
-        for first_t in range(0, tokens, BLOCK_T):
+        b, rows = rows_of_tile(tl.load(order_ptr + i), tokens, cu_seqlens_ptr)
+        for first_t in range(0, rows, BLOCK_T):
             if TMA:
                 z_block = z.load([b, first_t, before + first_n]).reshape(BLOCK_T, BLOCK_N).T
                 x_block = x.load([b, first_t, first_k]).reshape(BLOCK_T, BLOCK_K)
@@ -87,7 +87,7 @@ def _grouped_outer_kernel(
                 x_ptrs = x + far * stride_xb + row * stride_xt + first_k
                 z_ptrs = z_ptrs + t[None, :].to(tl.int64) * stride_zt + n[:, None]
                 x_ptrs = x_ptrs + t[:, None].to(tl.int64) * stride_xt + k[None, :]
-                in_t = first_t + t < tokens
+                in_t = first_t + t < rows
                 z_block = tl.load(z_ptrs, mask=in_n[:, None] & in_t[None, :], other=0.0)
                 x_block = tl.load(x_ptrs, mask=in_t[:, None] & in_k[None, :], other=0.0)
             acc = tl.dot(z_block, x_block, acc, input_precision=INPUT_PRECISION)
@@ -102,7 +102,7 @@ def _grouped_outer_kernel(
 
 
 def grouped_outer(
-    dz: Tensor,  # (B, T, N), N = sum of widths
+    dz: Tensor,  # (B, T, N), N = sum of widths; packed (R, N), and x likewise
     x: Tensor,  # (B, T, K)
     widths: list[int],
     order: Tensor,  # (B,) int32
@@ -129,18 +129,19 @@ def grouped_outer(
         out: main gradients to write instead of new tensors; contiguous.
         accumulate: add to ``out`` instead of overwriting it: an expert without a tile keeps what it has.
     """
-    refuse_packed("grouped_linear", "triton", cu_seqlens)
     dz, x = rows_dense(dz), rows_dense(x)
     if out is None:
-        out = [x.new_empty(num_experts, width, x.shape[2], dtype=dtype) for width in widths]
+        out = [x.new_empty(num_experts, width, x.shape[-1], dtype=dtype) for width in widths]
     assert all(o.is_contiguous() for o in out)
     for first in range(0, len(widths), WEIGHTS):
-        columns = dz[:, :, sum(widths[:first]) :]
-        _launch_run(columns, x, out[first : first + WEIGHTS], order, offsets, accumulate)
+        columns = dz[..., sum(widths[:first]) :]
+        ids = (order, offsets, cu_seqlens)
+        _launch_run(columns, x, out[first : first + WEIGHTS], ids, accumulate)
     return out
 
 
-def _launch_run(dz, x, out, order, offsets, accumulate) -> None:
+def _launch_run(dz, x, out, ids, accumulate) -> None:
+    order, offsets, cu_seqlens = ids
     num_experts, _, depth = out[0].shape
     widths = [o.shape[1] for o in out] + [0] * (WEIGHTS - len(out))
     chip = _configs.chip(x.device)
@@ -148,11 +149,10 @@ def _launch_run(dz, x, out, order, offsets, accumulate) -> None:
         **{f"out{i}_ptr": out[min(i, len(out) - 1)] for i in range(WEIGHTS)},
         "order_ptr": order,
         "offsets_ptr": offsets,
-        "tokens": x.shape[1],
-        "stride_zb": dz.stride(0),
-        "stride_zt": dz.stride(1),
-        "stride_xb": x.stride(0),
-        "stride_xt": x.stride(1),
+        "cu_seqlens_ptr": cu_seqlens,
+        "tokens": x.shape[-2],
+        **strides("stride_z{}", dz),
+        **strides("stride_x{}", x),
         **{f"WIDTH{i}": width for i, width in enumerate(widths)},
         "K": depth,
         "ACCUMULATE": accumulate,
@@ -169,7 +169,9 @@ def _launch_run(dz, x, out, order, offsets, accumulate) -> None:
         constants = {"BLOCKS_N": blocks_n, **row.constants}
         _launch.launch(_grouped_outer_kernel, grid, operands | args | constants, row)
 
-    rows = _configs.outer_rows(chip, x.dtype, lambda: describable(dz, x))
+    # A box of packed rows would bring the next tile's rows into the sum: of them only pointers are masked.
+    apart = cu_seqlens is None
+    rows = _configs.outer_rows(chip, x.dtype, lambda: apart and describable(dz, x))
     key = ("grouped_outer", *widths, depth, x.dtype, chip)
     # What adds to its output cannot be run again and again to be timed.
     run(rows[0] if accumulate else _configs.fastest(key, rows, run))

@@ -7,20 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
-from ._route import partial_pool, score_image, sort_tiles
+from ._gemm import rows_dense
+from ._route import images_of, partial_pool, score_image, sort_tiles
 from ._route_backward import powers_of_two, route_backward
+from ._tiles import Rows, locate_rows, strides
 
 __all__ = ["route", "route_backward"]
 
 RULES = {"direct": "direct", "score_threshold": "threshold"}  # a score difference: its reference
 
 
-@triton.jit(do_not_specialize=["batch", "tokens"])
+@triton.jit(do_not_specialize=["images", "batch", "tokens"])
 def _route_kernel(
     x_ptr,  # (B, T, D)
+    cu_seqlens_ptr,  # (B + 1,) int32, of packed rows (_tiles.py), or None
     image_of_tile_ptr,  # (B,) or None
     base_tile_ptr,  # (I,) or None
     forced_ptr,  # (I,) or None
@@ -35,8 +36,9 @@ def _route_kernel(
     expert_ptr,  # (B,) int32
     order_ptr,  # (B,) int32
     offsets_ptr,  # (E + 1,) int32
-    workspace_ptr,  # (I, S D) and (I, H + E) float32
+    workspace_ptr,  # (programs, D) and (I, H + E) float32
     counters_ptr,  # (2 I + 1,) int32, zeros: arrivals of each image, images scored, expert + 1 of each image
+    images,
     batch,
     tokens,
     stride_xb,
@@ -51,44 +53,71 @@ def _route_kernel(
     HIDDEN: tl.constexpr,
     BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr,
+    SEARCH: tl.constexpr,  # images at a time, of packed rows
     BLOCK_D: tl.constexpr,
 ):
     # p[i] = mean_t x[base_tile[i], t];  scores[i] = softmax(router(p[i]));  the rule's expert of i serves all its tiles
     #
-    # One program adds ROWS rows of one image's base tile. Grid: I * S with S = cdiv(T, ROWS). Nobody waits: the last
-    # program of an image to arrive scores it, and the last image to be scored writes expert, order and offsets.
+    # One program adds ROWS rows of one image's base tile. Grid: I * S with S = cdiv(T, ROWS), at least 1. Nobody waits:
+    # the last program of an image to arrive scores it, and the last image to be scored writes expert, order and
+    # offsets. Of packed rows, each block of each tile has a program, and those of no base tile leave at once: which
+    # tiles are how long, the host does not know. An empty tile has a block, too, so that its image is scored.
     # An arrival releases what its program wrote and acquires what the others wrote. The barriers in front make it speak
     # for all warps: before 3.9, Triton puts none there.
-    blocks = tl.maximum(tl.cdiv(tokens, ROWS), 1)
-    images = tl.num_programs(0) // blocks
-    image = tl.program_id(0) // blocks
-    block = tl.program_id(0) % blocks
-    tile = image if base_tile_ptr is None else tl.load(base_tile_ptr + image)
-    i = image.to(tl.int64)
-    partial_ptr = workspace_ptr + i * blocks * D
-    x_ptr += tile.to(tl.int64) * stride_xb
-    partial_pool(x_ptr, partial_ptr + block * D, block * ROWS, tokens, stride_xt, D, ROWS, BLOCK_D)
+    program = tl.program_id(0)
+    if cu_seqlens_ptr is None:
+        blocks = tl.maximum(tl.cdiv(tokens, ROWS), 1)
+        first, block = program // blocks, program % blocks
+        last = first + 1
+        begin = first if base_tile_ptr is None else tl.load(base_tile_ptr + first)
+        rows = tokens
+    else:
+        tile, begin, rows, row = locate_rows(program, batch, tokens, None, cu_seqlens_ptr, ROWS)
+        blocks, block = tl.maximum(tl.cdiv(rows, ROWS), 1), row // ROWS
+        first, last = images_of(tile, base_tile_ptr, images, SEARCH)
+        if (block >= blocks) | (first >= last):
+            return
+    partial_ptr = workspace_ptr + program.to(tl.int64) * D
+    x_ptr += begin.to(tl.int64) * stride_xb
+    partial_pool(x_ptr, partial_ptr, block * ROWS, rows, stride_xt, D, ROWS, BLOCK_D)
     tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + image, 1, sem="acq_rel", scope="gpu") == blocks - 1:
-        scratch_ptr = workspace_ptr + images.to(tl.int64) * blocks * D + i * (H + E)
-        expert = score_image(
-            partial_ptr, scratch_ptr, norm_weight_ptr, norm_bias_ptr, hidden_weight_ptr, hidden_bias_ptr, weight_ptr,
-            bias_ptr, pooled_ptr + i * D, scores_ptr + i * E, blocks, tokens, eps, threshold, RULE, D, H, E, WIDTH,
-            HIDDEN, BLOCK_E,
-        )  # fmt: skip
-        if forced_ptr is not None:
-            expert = tl.load(forced_ptr + i).to(tl.int32)
-        ids_ptr = counters_ptr + images + 1
-        tl.store(ids_ptr + i, expert + 1)
-        tl.debug_barrier()
-        if tl.atomic_add(counters_ptr + images, 1, sem="acq_rel", scope="gpu") == images - 1:
-            sort_tiles(
-                ids_ptr, image_of_tile_ptr, expert_ptr, order_ptr, offsets_ptr, batch, E, BLOCK_E
-            )
+    partial_ptr -= block * D
+    scratch_ptr = workspace_ptr + tl.num_programs(0).to(tl.int64) * D
+    for image in range(first, last):
+        mine = True
+        if cu_seqlens_ptr is not None and base_tile_ptr is not None:
+            mine = tl.load(base_tile_ptr + image) == tile
+        if mine:
+            i = tl.cast(image, tl.int64)
+            if tl.atomic_add(counters_ptr + i, 1, sem="acq_rel", scope="gpu") == blocks - 1:
+                expert = score_image(
+                    partial_ptr, scratch_ptr + i * (H + E), norm_weight_ptr, norm_bias_ptr, hidden_weight_ptr,
+                    hidden_bias_ptr, weight_ptr, bias_ptr, pooled_ptr + i * D, scores_ptr + i * E, blocks, rows, eps,
+                    threshold, RULE, D, H, E, WIDTH, HIDDEN, BLOCK_E,
+                )  # fmt: skip
+                if forced_ptr is not None:
+                    expert = tl.load(forced_ptr + i).to(tl.int32)
+                ids_ptr = counters_ptr + images + 1
+                tl.store(ids_ptr + i, expert + 1)
+                tl.debug_barrier()
+                if (
+                    tl.atomic_add(counters_ptr + images, 1, sem="acq_rel", scope="gpu")
+                    == images - 1
+                ):
+                    sort_tiles(
+                        ids_ptr,
+                        image_of_tile_ptr,
+                        expert_ptr,
+                        order_ptr,
+                        offsets_ptr,
+                        batch,
+                        E,
+                        BLOCK_E,
+                    )
 
 
 def route(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D), packed (R, D)
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
@@ -104,17 +133,18 @@ def route(
     threshold: float,
     against: str,
 ) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
-    refuse_packed("route", "triton", cu_seqlens)
-    batch, tokens, width = x.shape
-    images = batch if base_tile is None else base_tile.shape[0]
+    tiles, width = Rows.of(x, cu_seqlens), x.shape[-1]
+    images = tiles.batch if base_tile is None else base_tile.shape[0]
     experts = weight.shape[0]
     hidden = 0 if hidden_weight is None else hidden_weight.shape[0]
     config = _configs.route_config(width)
-    blocks = max(triton.cdiv(tokens, config.rows), 1)
-    x = x if x.stride(2) == 1 else x.contiguous()
-    routed = routing_outputs(x, images, experts)
+    programs = images * max(triton.cdiv(tiles.tokens, config.rows), 1)
+    if cu_seqlens is not None:
+        programs = tiles.num_blocks(config.rows)
+    x = rows_dense(x)
+    routed = routing_outputs(x, tiles.batch, images, experts)
     pooled = x.new_empty(images, width, dtype=torch.float32)
-    size = images * (blocks * width + hidden + experts)
+    size = programs * width + images * (hidden + experts)
     tensors = {
         "image_of_tile_ptr": image_of_tile,
         "base_tile_ptr": base_tile,
@@ -130,18 +160,18 @@ def route(
     args |= {"x_ptr": x, "pooled_ptr": pooled, **routed}
     args["workspace_ptr"] = x.new_empty(size, dtype=torch.float32)
     args["counters_ptr"] = x.new_zeros(2 * images + 1, dtype=torch.int32)
-    args |= {"batch": batch, "tokens": tokens, "stride_xb": x.stride(0), "stride_xt": x.stride(1)}
+    args |= {"images": images, **tiles.args, "batch": tiles.batch, **strides("stride_x{}", x)}
     args |= {"eps": eps, "threshold": threshold, "RULE": RULES.get(strategy, against)}
     args |= {"D": width, "H": hidden, "E": experts, **powers_of_two(width, hidden, experts)}
     args |= {"ROWS": config.rows, "BLOCK_D": config.block_d}
-    _launch.launch(_route_kernel, (images * blocks,), args, config)
+    args["SEARCH"] = 0 if cu_seqlens is None else _configs.ROUTE_SUMS.block_i
+    _launch.launch(_route_kernel, (programs,), args, config)
     scores, *ids = routed.values()
     return scores, pooled, *ids
 
 
-def routing_outputs(x: Tensor, images: int, experts: int) -> dict[str, Tensor]:
+def routing_outputs(x: Tensor, batch: int, images: int, experts: int) -> dict[str, Tensor]:
     """What a launch that routes writes: scores (I, E), expert (B,), order (B,), offsets (E + 1,), in this order."""
-    batch = x.shape[0]
     return {
         "scores_ptr": x.new_empty(images, experts, dtype=torch.float32),
         "expert_ptr": x.new_empty(batch, dtype=torch.int32),

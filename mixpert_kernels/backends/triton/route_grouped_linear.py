@@ -270,7 +270,7 @@ def _launch_tickets(
     row_blocks = batch * triton.cdiv(tokens, config.gemm.block_m)
     column_blocks = num_weights * triton.cdiv(columns, config.gemm.block_n)
     y = x.new_empty(batch, tokens, num_weights * columns)
-    routed = routing_outputs(x, images, experts)
+    routed = routing_outputs(x, batch, images, experts)
     floats = pools * width + images * (width + hidden + experts)
     chip = _configs.chip(x.device)
     args |= {"x_ptr": x, "y_ptr": y, "h_ptr": x.new_empty(x.shape), **routed}
