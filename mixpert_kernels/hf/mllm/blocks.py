@@ -104,7 +104,8 @@ class Expert(Planned):
         routing: Routing = kwargs.pop(ROUTING)
         if self._fuses(args, kwargs):
             return by_expert(functools.partial(self.mixpert_plan.run, self), args[0], routing)
-        before = bind(routing)
+        x = args[0] if args else next(iter(kwargs.values()))
+        before = bind(routing, len(x))
         try:
             return super().forward(*args, **kwargs)
         finally:

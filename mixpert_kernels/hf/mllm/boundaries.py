@@ -14,12 +14,18 @@ class Images(NamedTuple):
     """The images of a batch of B tiles.
 
     With ``padded``, the number of images is not known to the host: ``base_tile`` has an entry a tile, those after the
-    last image are dead.
+    last image are dead. With ``cu_seqlens`` the tower takes packed rows, and tile ``b`` is rows
+    ``cu_seqlens[b]:cu_seqlens[b + 1]`` of them.
     """
 
     image_of_tile: Tensor | None = None  # (B,) int64; None: a tile is an image
     base_tile: Tensor | None = None  # (I,) int64
     padded: bool = False
+    cu_seqlens: Tensor | None = None  # (B + 1,) int32
+
+    def tiles(self, x: Tensor) -> int:
+        """B, of features x (B, T, D) or packed rows x (R, D)."""
+        return len(x) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
 
 def from_counts(counts: Sequence[int], base: str) -> Images:
@@ -30,6 +36,16 @@ def from_counts(counts: Sequence[int], base: str) -> Images:
         end - (1 if base == "last" else tiles) for end, tiles in zip(ends, counts, strict=True)
     ]
     return Images(torch.tensor(image_of_tile), torch.tensor(base_tile))
+
+
+def from_grids(grids: Tensor) -> Images:
+    """An image, or a video, is one tile of so many packed patches.
+
+    Args:
+        grids: (B, 3) integers: frames, rows and columns of each one's patches.
+    """
+    ends = grids.prod(-1).cumsum(0, dtype=torch.int32)
+    return Images(cu_seqlens=torch.nn.functional.pad(ends, (1, 0)))
 
 
 def from_runs(input_ids: Tensor, token: int, tiles: int, tokens_per_tile: int) -> Images:

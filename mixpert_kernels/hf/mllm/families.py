@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixpert_kernels.hf.families import FAMILIES as TOWERS
 from mixpert_kernels.hf.families import family_of
 
-from .boundaries import Images, from_counts, from_last_runs, from_runs
+from .boundaries import Images, from_counts, from_grids, from_last_runs, from_runs
 from .scope import prompt_of
 
 Arguments = dict[str, Any]
@@ -36,6 +36,9 @@ class Mllm:
         base: whether an image's ``first`` or ``last`` tile shows the whole of it.
         host: arguments that the model itself reads on the host: read once, they are passed on as CPU tensors.
         feature: name in the configuration of the hidden state, or states, that are the feature; None: the last one.
+        blocks: path of the blocks below the tower; None: as hf/families.py has it for the tower's type.
+        width: name in vision_config of the width of the blocks.
+        packed: whether the tower takes the patches of all images as packed rows, which ``images`` then divides.
     """
 
     model: str
@@ -45,6 +48,9 @@ class Mllm:
     base: str = "first"
     host: tuple[str, ...] = ()
     feature: str | None = "vision_feature_layer"
+    blocks: str | None = None
+    width: str = "hidden_size"
+    packed: bool = False
 
 
 def _anyres(owner: nn.Module, arguments: Arguments, x: Tensor) -> Images:
@@ -82,6 +88,16 @@ def _idefics3(owner: nn.Module, arguments: Arguments, x: Tensor) -> Images:
     return from_last_runs(_prompt(owner), owner.config.image_token_id, len(x), tokens)
 
 
+def _grids(owner: nn.Module, arguments: Arguments, x: Tensor) -> Images:
+    """One tile for each image, and for each video: its frames share a route (Qwen2-VL, Qwen2.5-VL)."""
+    names = (
+        "image_grid_thw",
+        "video_grid_thw",
+        "grid_thw",
+    )  # the last: of the tower called by itself
+    return from_grids(next(arguments[name] for name in names if name in arguments).to(x.device))
+
+
 def _prompt(owner: nn.Module) -> Tensor:
     prompt = prompt_of(owner)
     if prompt is None:
@@ -100,6 +116,15 @@ _IDEFICS3 = {
     "feature": None,
 }
 
+_QWEN = {
+    "tower": "visual",
+    "projector": "visual.merger",
+    "images": {"image": _grids, "video": _grids},
+    "feature": None,
+    "blocks": "blocks",
+    "packed": True,
+}
+
 FAMILIES: dict[str, Mllm] = {
     "llava": Mllm("LlavaForConditionalGeneration"),
     "vipllava": Mllm("VipLlavaForConditionalGeneration"),
@@ -116,6 +141,8 @@ FAMILIES: dict[str, Mllm] = {
     "internvl": Mllm("InternVLForConditionalGeneration", images={"image": _internvl}, base="last"),
     "idefics3": Mllm("Idefics3ForConditionalGeneration", **_IDEFICS3),
     "smolvlm": Mllm("SmolVLMForConditionalGeneration", **_IDEFICS3),
+    "qwen2_vl": Mllm("Qwen2VLForConditionalGeneration", width="embed_dim", **_QWEN),
+    "qwen2_5_vl": Mllm("Qwen2_5_VLForConditionalGeneration", **_QWEN),
 }
 
 # Vision towers that keep tiles apart along dimension 0, all of one length.
@@ -132,28 +159,28 @@ def mllm_of(config: Any) -> Mllm:
     if kind not in FAMILIES:
         raise ValueError(
             f"mixpertize: model_type must be one of {', '.join(FAMILIES)}, got {kind}. A model whose "
-            "get_image_features runs square tiles through a tower and then a projector takes a row of FAMILIES in "
-            f'mixpert_kernels/hf/mllm/families.py: "{kind}": Mllm("<class name>", tower="<path>", projector="<path>", '
-            'images={"image": <function that returns Images, or None>}), and a configuration in tests/_mllms.py'
+            "get_image_features runs square tiles, or packed patches, through a tower and then a projector takes a row "
+            f'of FAMILIES in mixpert_kernels/hf/mllm/families.py: "{kind}": Mllm("<class name>", tower="<path>", '
+            'projector="<path>", images={"image": <function that returns Images, or None>}), and a configuration in '
+            "tests/_mllms.py"
         )
     tower = config.vision_config.model_type
-    if tower not in TILED:
+    if not FAMILIES[kind].packed and tower not in TILED:
         raise ValueError(
             f"mixpertize: vision_config must be of type {', '.join(TILED)}, got {tower}"
         )
     return FAMILIES[kind]
 
 
-def feature_layers(config: Any, family: Mllm) -> int:
-    """How many blocks of the vision tower feed the feature, or the last of several features."""
-    total = config.vision_config.num_hidden_layers
+def feature_layers(config: Any, family: Mllm, total: int) -> int:
+    """How many of the vision tower's blocks feed the feature, or the last of several features."""
     chosen = -1 if family.feature is None else getattr(config, family.feature)
     chosen = [chosen] if isinstance(chosen, int) else chosen
     return max(layer % (total + 1) for layer in chosen)
 
 
-def blocks_of(tower: nn.Module) -> nn.ModuleList:
-    return tower.get_submodule(family_of(tower).blocks)
+def blocks_of(tower: nn.Module, family: Mllm) -> nn.ModuleList:
+    return tower.get_submodule(family.blocks or family_of(tower).blocks)
 
 
 def to_host(value: Any) -> Any:

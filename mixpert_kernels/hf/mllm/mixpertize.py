@@ -70,25 +70,25 @@ def mixpertize(
 def build(model: PreTrainedModel, settings: Settings) -> None:
     """Give ``model`` its experts and router, and ``config.mixpert``."""
     family, owner = mllm_of(model.config), model.base_model
-    layers = feature_layers(owner.config, family)
+    tower, projector = owner.get_submodule(family.tower), owner.get_submodule(family.projector)
+    every = list(blocks_of(tower, family))
+    layers = feature_layers(owner.config, family, len(every))
     settings.check(layers)
     _refuse_hooks(CALL, model)
-    tower, projector = owner.get_submodule(family.tower), owner.get_submodule(family.projector)
-    every = list(blocks_of(tower))
     experts = every[layers - settings.expert_layers : layers]
     swaps = [(block, blocks.ExpertLayer) for block in experts]
     swaps.append((projector, blocks.ExpertProjector))
     templates = [blocks.template_of(module, settings.num_experts) for module, _ in swaps]
 
     like = next(experts[0].parameters())
-    width = owner.config.vision_config.hidden_size
+    width = getattr(owner.config.vision_config, family.width)
     router = Router(width, settings.num_experts, settings.router_hidden)
     for (module, mixin), template in zip(swaps, templates, strict=True):
         blocks.give_experts(module, mixin, template, settings.num_experts)
     for block in every:
         if block not in experts:
             blocks.share(block)
-    tower.__class__ = blocks.subclass(type(tower), _tower_class(type(tower)))
+    tower.__class__ = blocks.subclass(type(tower), _tower_class(type(tower), family))
     tower.mixpert_owner = (owner,)
     owner.mixpert_router = router.to(like.device, like.dtype)
     owner.mixpert_settings = settings
@@ -174,15 +174,18 @@ def settings_of(caller: str, model: nn.Module) -> Settings:
 
 
 @functools.cache
-def _tower_class(plain: type) -> type:
+def _tower_class(plain: type, family: Mllm) -> type:
     """The mixin of a vision tower: called by itself, it routes each tile as an image."""
+    names = list(inspect.signature(plain.forward).parameters)[1:]
+    find = family.images["image"] if family.packed else None
 
     class Tower(nn.Module):
         @functools.wraps(plain.forward)
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             if scope.is_open():
                 return plain.forward(self, *args, **kwargs)
-            alone = scope.Scope(self.mixpert_owner[0], "image", None, {}, "first")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            alone = scope.Scope(self.mixpert_owner[0], "image", find, given, "first")
             with scope.pushed("scopes", alone):
                 return plain.forward(self, *args, **kwargs)
 
@@ -207,7 +210,9 @@ def _owner_class(plain: type, family: Mllm) -> type:
 
 
 def _in_scope(features: Callable, modality: str, family: Mllm) -> Callable:
-    names = list(inspect.signature(features).parameters)[1:]
+    _, *parameters = inspect.signature(features).parameters.values()
+    names = [p.name for p in parameters]
+    needed = {p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
     find = family.images[modality]
 
     @functools.wraps(features)
@@ -219,7 +224,10 @@ def _in_scope(features: Callable, modality: str, family: Mllm) -> Callable:
         kwargs = {name: once(name, value) for name, value in kwargs.items()}
         given = dict(zip(names, args, strict=False)) | kwargs
 
-        with scope.pushed("scopes", scope.Scope(self, modality, find, given, family.base)):
+        opened = scope.Scope(self, modality, find, given, family.base)
+        if family.host and given.keys() >= needed:  # a compiled tower could not read them
+            opened.found = find(self, given, None)
+        with scope.pushed("scopes", opened):
             return features(self, *args, **kwargs)
 
     return run

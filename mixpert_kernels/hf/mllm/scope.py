@@ -130,6 +130,7 @@ class Scope:
         find: from the owner, ``given`` and the first expert block's input x (B, T, D) to the images its tiles are of;
             None: a tile is an image.
         given: the arguments that the tower's caller was called with.
+        found: the images, where they are known before the tower runs.
         base: whether an image's ``first`` or ``last`` tile shows the whole of it, where the caller does not say.
     """
 
@@ -140,9 +141,10 @@ class Scope:
     base: str
     routing: Routing | None = field(default=None, init=False)
     single: Routing | None = field(default=None, init=False)  # of the blocks without experts
+    found: Images | None = field(default=None, init=False)
 
     def route(self, x: Tensor) -> Routing:
-        """Return the scope's routing, made of trunk features x (B, T, D) by the first to ask."""
+        """Return the scope's routing, made of trunk features x (B, T, D), or packed (R, D), by the first to ask."""
         if self.routing is None:
             forced = _innermost(_stacks().forced, self.owner)
             with _named():
@@ -154,6 +156,7 @@ class Scope:
                 x,
                 weights,
                 settings.strategy,
+                cu_seqlens=images.cu_seqlens,
                 image_of_tile=images.image_of_tile,
                 base_tile=images.base_tile,
                 expert=expert,
@@ -166,25 +169,32 @@ class Scope:
 
     def _images(self, x: Tensor, forced: Forced | None) -> Images:
         given = None if forced is None or self.modality == "video" else forced.image_of_tile
+        images = Images()
+        if given is None or x.ndim == 2:  # how many tiles packed rows are, the boundaries alone say
+            images = self.found or images
+            if self.found is None and self.find is not None:
+                images = self.find(self.owner, self.given, x)
+        packed = {"cu_seqlens": images.cu_seqlens}
         if given is not None:
-            images = Images(*resolve_images(given, forced.base_tile, len(x), x.device))
+            ids = resolve_images(given, forced.base_tile, images.tiles(x), x.device)
+            images = Images(*ids, **packed)
             if forced.base_tile is None and self.base == "last":
                 last = from_counts(given.bincount().tolist(), "last").base_tile
                 images = images._replace(base_tile=last.to(x.device))
             return images
-        images = Images() if self.find is None else self.find(self.owner, self.given, x)
         if images.padded:  # made on the device, by what can make no others
             return images._replace(
                 image_of_tile=images.image_of_tile.to(x.device),
                 base_tile=images.base_tile.to(x.device),
             )
-        return Images(*resolve_images(images.image_of_tile, images.base_tile, len(x), x.device))
+        ids = resolve_images(images.image_of_tile, images.base_tile, images.tiles(x), x.device)
+        return Images(*ids, **packed)
 
     def _forced(self, x: Tensor, forced: Forced, images: Images) -> Tensor | None:
         expert = forced.video_expert if self.modality == "video" else forced.expert
         if expert is None:
             return None
-        rows = len(x) if images.base_tile is None else len(images.base_tile)
+        rows = images.tiles(x) if images.base_tile is None else len(images.base_tile)
         expert = expert.to(x.device, non_blocking=True)
         if expert.ndim == 0:  # one for all
             return expert.expand(rows)
