@@ -5,10 +5,12 @@
 // One block computes chunk s of a tile, tokens s * kChunk and on, x kColumns columns: each warp every kWarps-th token
 // of all its columns, a lane kVector of them. A chunk is a constant and the warps' sums are added in order, so the sums
 // of a tile depend on nothing but the tile. Grid: B * S * ceil(N / kColumns), S = ceil(T / kChunk), columns fastest.
+// Chunks of packed rows have the slots of packed.cuh, R / kChunk + B for B * S; those without rows write nothing.
 #pragma once
 
 #include "activations.cuh"
 #include "kernel.cuh"
+#include "packed.cuh"
 #include "types.cuh"
 
 namespace mixpert {
@@ -16,14 +18,16 @@ namespace mixpert {
 template <typename T>
 struct ActivationBackwardArgs {
 #define FIELDS(FIELD)                                                                             \
-  FIELD(const T*, dy)         /* (B, T, N) */                                                     \
+  FIELD(const T*, dy)         /* (B, T, N), or packed rows (R, N) */                              \
   FIELD(const T*, pre)        /* (B, T, N), or null where neither act nor the sum for scale is */ \
   FIELD(const T*, scale)      /* (E, N) or null */                                                \
   FIELD(const int*, expert)   /* (B,) */                                                          \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */                          \
   FIELD(T*, dz)               /* (B, T, N), dense, or null */                                     \
-  FIELD(float*, bias)         /* (B, S, N), or null */                                            \
-  FIELD(float*, dscale)       /* (B, S, N), or null */                                            \
-  FIELD(int, tokens)                                                                              \
+  FIELD(float*, bias)         /* (B, S, N) or (slots, N), or null */                              \
+  FIELD(float*, dscale)       /* (B, S, N) or (slots, N), or null */                              \
+  FIELD(int, batch)                                                                               \
+  FIELD(int, tokens)          /* T, or R */                                                       \
   FIELD(int, width)                                                                               \
   FIELD(int, activation)                                                                          \
   FIELD(int, vectors)         /* whether all rows begin at a multiple of 16 bytes */              \
@@ -111,16 +115,17 @@ template <class Config, typename T>
 __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args) {
   constexpr int kVector = Config::kVector;
   const int blocks = (args.width + Config::kColumns - 1) / Config::kColumns;
-  const int chunks = (args.tokens + Config::kChunk - 1) / Config::kChunk;
-  const int chunk = blockIdx.x / blocks % chunks;
-  const long long b = blockIdx.x / (blocks * chunks);
+  const int chunk = blockIdx.x / blocks;
+  const RowBlock at = row_block<Config::kChunk>(args, chunk, [](int tile) { return tile; });
+  if (!at.has_rows()) return;
+  const long long b = at.first;
   const LaneColumns<Config> columns{int(blockIdx.x % blocks) * Config::kColumns, args.width, args.vectors != 0};
 
   float scale[kVector];
-  if (args.scale) columns.load(args.scale + static_cast<long long>(args.expert[b]) * args.width, scale);
+  if (args.scale) columns.load(args.scale + static_cast<long long>(args.expert[at.tile]) * args.width, scale);
   float dz[kVector], pre[kVector], bias[kVector] = {}, dscale[kVector] = {};
-  const int end = min(args.tokens, (chunk + 1) * Config::kChunk);
-  for (int t = chunk * Config::kChunk + threadIdx.x / 32; t < end; t += Config::kWarps) {
+  const int end = min(at.tokens, at.first_row + Config::kChunk);
+  for (int t = at.first_row + threadIdx.x / 32; t < end; t += Config::kWarps) {
     columns.load(args.dy + b * args.stride_yb + t * args.stride_yt, dz);
     if (args.pre) columns.load(args.pre + b * args.stride_pb + t * args.stride_pt, pre);
     with_activation(args.activation, [&](auto tag) {
@@ -134,9 +139,9 @@ __device__ void activation_backward_block(const ActivationBackwardArgs<T>& args)
     });
 #pragma unroll
     for (int j = 0; j < kVector; ++j) bias[j] += dz[j];
-    if (args.dz) columns.store(args.dz + (b * args.tokens + t) * args.width, dz);
+    if (args.dz) columns.store(args.dz + (row_number(args, b) + t) * args.width, dz);
   }
-  const long long part = (b * chunks + chunk) * args.stride_s;
+  const long long part = chunk * args.stride_s;
   if (args.bias) columns.store_sum(args.bias + part, bias);
   if (args.dscale) columns.store_sum(args.dscale + part, dscale);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernel.cuh"
+#include "packed.cuh"
 #include "rows.cuh"
 
 namespace mixpert {
@@ -9,16 +10,18 @@ namespace mixpert {
 template <typename T>
 struct GroupedLayerNormArgs {
 #define FIELDS(FIELD)                   \
-  FIELD(const T*, x)         /* (B, T, D) */ \
+  FIELD(const T*, x)         /* (B, T, D), or packed rows (R, D) */ \
   FIELD(const T*, weight)    /* (E, D) */ \
   FIELD(const T*, bias)      /* (E, D) or null */ \
   FIELD(T*, y)               /* (B, T, D) */ \
   FIELD(float*, mean)        /* (B, T) */ \
   FIELD(float*, rstd)        /* (B, T) */ \
   FIELD(const int*, expert)  /* (B,) */ \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */ \
   FIELD(long long, stride_xb)           \
   FIELD(long long, stride_xt)           \
-  FIELD(int, tokens)                    \
+  FIELD(int, batch)                     \
+  FIELD(int, tokens)         /* T, or R */ \
   FIELD(int, width)                     \
   FIELD(float, eps)
   MIXPERT_FIELDS(FIELDS)
@@ -44,17 +47,19 @@ using LayerNormAnyRows = LayerNormConfig<1, 4>;
 // y[b, t, d] = (x[b, t, d] - mean[b, t]) rstd[b, t] w[e, d] + c[e, d]     with e = expert[b]
 // mean[b, t] = sum_d x[b, t, d] / D,  rstd[b, t] = (sum_d (x[b, t, d] - mean[b, t])^2 / D + eps)^-1/2
 //
-// One block normalises kRows tokens of one tile. Grid: B * ceil_div(T, kRows).
+// One block normalises kRows tokens of one tile. Grid: B * ceil_div(T, kRows). Packed rows are one tile here, of which
+// each row looks for its expert. Grid: ceil_div(R, kRows).
 template <class Config, typename T>
 __device__ __forceinline__ void grouped_layer_norm_block(const GroupedLayerNormArgs<T>& args) {
   constexpr int kRows = Config::kRows, kCount = Config::kCount ? Config::kCount : Vector<T>::kSize;
   const int blocks = (args.tokens + kRows - 1) / kRows;
-  const int tile = blockIdx.x / blocks;
+  int tile = blockIdx.x / blocks;
   const int t = blockIdx.x % blocks * kRows + threadIdx.x / (Config::kWarpsARow * kWarp);
   if (t >= args.tokens) return;  // with more than one warp a row there is one row a block: none of it returns alone
   const long long row = static_cast<long long>(tile) * args.tokens + t;
-  const long long gain = static_cast<long long>(args.expert[tile]) * args.width;
   const T* x = args.x + tile * args.stride_xb + t * args.stride_xt;
+  if (args.cu_seqlens) tile = tile_of_row(args.cu_seqlens, args.batch, t);
+  const long long gain = static_cast<long long>(args.expert[tile]) * args.width;
   T* y = args.y + row * args.width;
   const T* c = args.bias ? args.bias + gain : nullptr;
   RowStatistics found;
@@ -73,19 +78,21 @@ __device__ __forceinline__ void grouped_layer_norm_block(const GroupedLayerNormA
 template <typename T>
 struct GroupedLayerNormBackwardArgs {
 #define FIELDS(FIELD)                       \
-  FIELD(const T*, dy)          /* (B, T, D) */ \
-  FIELD(const T*, x)           /* (B, T, D) */ \
+  FIELD(const T*, dy)          /* (B, T, D), or packed rows (R, D) */ \
+  FIELD(const T*, x)           /* like dy */ \
   FIELD(const T*, weight)      /* (E, D) */ \
   FIELD(const float*, mean)    /* (B, T) */ \
   FIELD(const float*, rstd)    /* (B, T) */ \
   FIELD(T*, dx)                /* (B, T, D) */ \
-  FIELD(float*, parts)         /* (B, S, D) of dweight, or (B, S, 2 D): dweight's, then dbias's */ \
+  FIELD(float*, parts)         /* (B, S, D) of dweight, or (B, S, 2 D): dweight's, then dbias's; (slots, ...) */ \
   FIELD(const int*, expert)    /* (B,) */   \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */ \
   FIELD(long long, stride_gb)               \
   FIELD(long long, stride_gt)               \
   FIELD(long long, stride_xb)               \
   FIELD(long long, stride_xt)               \
-  FIELD(int, tokens)                        \
+  FIELD(int, batch)                         \
+  FIELD(int, tokens)           /* T, or R */ \
   FIELD(int, width)                         \
   FIELD(int, has_bias)
   MIXPERT_FIELDS(FIELDS)
@@ -140,17 +147,17 @@ __device__ __forceinline__ void layer_norm_dx(const T* dy, const T* x, const T* 
 // parts[b, s, d] = sum_t dy h,  parts[b, s, D + d] = sum_t dy     over the tokens t of chunk s, in their order
 //
 // One block takes chunk s of one tile, kTokens tokens: first a warp a row for dx, then a thread a few columns for the
-// parts, which another kernel adds in batch order. Grid: B * ceil_div(T, kTokens).
+// parts, which another kernel adds in batch order. Grid: B * ceil_div(T, kTokens), R / kTokens + B of packed rows.
 template <class Config, typename T>
 __device__ __forceinline__ void grouped_layer_norm_backward_block(const GroupedLayerNormBackwardArgs<T>& args) {
   constexpr int kCount = Config::kCount ? Config::kCount : Vector<T>::kSize;
-  const int chunks = (args.tokens + Config::kTokens - 1) / Config::kTokens;
-  const int tile = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
-  const int begin = chunk * Config::kTokens, end = min(begin + Config::kTokens, args.tokens);
-  const T* w = args.weight + static_cast<long long>(args.expert[tile]) * args.width;
-  const T* dy = args.dy + tile * args.stride_gb;
-  const T* x = args.x + tile * args.stride_xb;
-  const long long row = static_cast<long long>(tile) * args.tokens;
+  const RowBlock at = row_block<Config::kTokens>(args, blockIdx.x, [](int tile) { return tile; });
+  if (!at.has_rows()) return;
+  const int begin = at.first_row, end = min(begin + Config::kTokens, at.tokens);
+  const T* w = args.weight + static_cast<long long>(args.expert[at.tile]) * args.width;
+  const T* dy = args.dy + at.first * args.stride_gb;
+  const T* x = args.x + at.first * args.stride_xb;
+  const long long row = row_number(args, at.first);
   const float *mean = args.mean + row, *rstd = args.rstd + row;
   for (int t = begin + threadIdx.x / kWarp; t < end; t += Config::kThreads / kWarp) {
     layer_norm_dx<kCount>(dy + t * args.stride_gt, x + t * args.stride_xt, w, args.dx + (row + t) * args.width, mean[t],

@@ -6,12 +6,14 @@
 // replays for any routing. The blocks of the grid, as many as the chip holds at once, take outputs number blockIdx,
 // blockIdx + grid, ...
 //
-// Tiles are visited expert by expert (order), so that blocks that run together share one expert's weights in L2.
+// Tiles are visited expert by expert (order), so that blocks that run together share one expert's weights in L2; those
+// of packed rows in batch order, by slots, R / kBlockM + B for B * ceil(T / kBlockM) (packed.cuh).
 #pragma once
 
 #include "epilogue.cuh"
 #include "grouped_linear_args.cuh"
 #include "loops.cuh"
+#include "packed.cuh"
 #include "schedule.cuh"
 
 namespace mixpert {
@@ -29,10 +31,11 @@ struct GroupedLinearConfig {
   }
 };
 
-// One block of outputs. x: of the tile, rows stride_xt apart; Args has the fields of GroupedLinearArgs but for these.
+// One block of outputs. x: of the tile, rows stride_xt apart; tokens: of the tile. Args has the fields of
+// GroupedLinearArgs but for these.
 template <class Loop, class Args, typename T>
-__device__ __forceinline__ void linear_block(const Args& args, const T* x, long long stride_xt, int tile, int expert,
-                                             int first_row, int column_block) {
+__device__ __forceinline__ void linear_block(const Args& args, const T* x, long long stride_xt, int tokens, int tile,
+                                             int expert, int first_row, int column_block) {
   const int weight_blocks = ceil_div(args.columns, Loop::kBlockN);
   typename Loop::Accumulators acc;
   Loop::clear(acc);
@@ -40,7 +43,7 @@ __device__ __forceinline__ void linear_block(const Args& args, const T* x, long 
   {
     const int i = column_block / weight_blocks, first_column = column_block % weight_blocks * Loop::kBlockN;
     const T* w = pick(i, args.w0, args.w1, args.w2) + expert * args.stride_we + first_column * args.stride_wn;
-    Product<Loop> source{{x + first_row * stride_xt, stride_xt, args.tokens - first_row},
+    Product<Loop> source{{x + first_row * stride_xt, stride_xt, tokens - first_row},
                          {w, args.stride_wn, args.columns - first_column},
                          args.depth};
     Loop::run(acc, source, ceil_div(args.depth, Loop::kDepth), shared_address(shared));
@@ -49,7 +52,8 @@ __device__ __forceinline__ void linear_block(const Args& args, const T* x, long 
   asm volatile("" : "+r"(tile), "+r"(expert), "+r"(first_row), "+r"(column_block));
   const int i = column_block / weight_blocks, first_column = column_block % weight_blocks * Loop::kBlockN;
   const int width = args.weights * args.columns, column = i * args.columns + first_column;
-  const long long e = expert, place = tile * args.stride_yb + first_row * args.stride_yt + column;
+  const Rows rows = rows_of(args, tile);
+  const long long e = expert, place = rows.first * args.stride_yb + first_row * args.stride_yt + column;
   const T* bias = pick(i, args.b0, args.b1, args.b2);
   const Outputs<T> out{args.y + place,
                        args.pre ? args.pre + place : nullptr,
@@ -57,7 +61,7 @@ __device__ __forceinline__ void linear_block(const Args& args, const T* x, long 
                        bias ? bias + e * args.columns + first_column : nullptr,
                        args.scale ? args.scale + e * width + column : nullptr,
                        args.stride_yt,
-                       args.tokens - first_row,
+                       rows.tokens - first_row,
                        args.columns - first_column,
                        args.activation,
                        args.vectors != 0};
@@ -67,14 +71,14 @@ __device__ __forceinline__ void linear_block(const Args& args, const T* x, long 
 template <class Config, typename T>
 __device__ __forceinline__ void grouped_linear(const GroupedLinearArgs<T>& args) {
   using Loop = typename Config::Loop;
-  const int token_blocks = ceil_div(args.tokens, Loop::kBlockM);
-  const int row_blocks = args.batch * token_blocks;
+  const int row_blocks = count_row_blocks<Loop::kBlockM>(args);
   const int column_blocks = args.weights * ceil_div(args.columns, Loop::kBlockN);
   for (int block = blockIdx.x; block < row_blocks * column_blocks; block += gridDim.x) {
     const Place place = locate(block, row_blocks, column_blocks);
-    const int tile = args.order[place.row / token_blocks];
-    linear_block<Loop>(args, args.x + tile * args.stride_xb, args.stride_xt, tile, args.expert[tile],
-                       place.row % token_blocks * Loop::kBlockM, place.column);
+    const RowBlock at = row_block<Loop::kBlockM>(args, place.row, [&](int i) { return args.order[i]; });
+    if (!at.has_rows()) continue;
+    linear_block<Loop>(args, args.x + at.first * args.stride_xb, args.stride_xt, at.tokens, at.tile,
+                       args.expert[at.tile], at.first_row, place.column);
     __syncthreads();  // the next block fills the memory that strips are read from
   }
 }

@@ -8,7 +8,7 @@ namespace mixpert {
 template <typename T>
 struct GroupedLinearArgs {
 #define FIELDS(FIELD)                                                          \
-  FIELD(const T*, x)         /* (B, T, K) */                                   \
+  FIELD(const T*, x)         /* (B, T, K), or packed rows (R, K) */            \
   FIELD(const T*, w0)        /* (E, N, K) */                                   \
   FIELD(const T*, w1)        /* (E, N, K) or null */                           \
   FIELD(const T*, w2)                                                          \
@@ -21,6 +21,7 @@ struct GroupedLinearArgs {
   FIELD(T*, pre)             /* (B, T, width) or null, laid out like y */      \
   FIELD(const int*, expert)  /* (B,) */                                        \
   FIELD(const int*, order)   /* (B,) */                                        \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */       \
   FIELD(long long, stride_xb)                                                  \
   FIELD(long long, stride_xt)                                                  \
   FIELD(long long, stride_we)                                                  \
@@ -28,7 +29,7 @@ struct GroupedLinearArgs {
   FIELD(long long, stride_yb)                                                  \
   FIELD(long long, stride_yt)                                                  \
   FIELD(int, batch)                                                            \
-  FIELD(int, tokens)                                                           \
+  FIELD(int, tokens)         /* T, or R */                                     \
   FIELD(int, columns)        /* N */                                           \
   FIELD(int, depth)          /* K */                                           \
   FIELD(int, weights)                                                          \

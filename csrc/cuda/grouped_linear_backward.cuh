@@ -6,12 +6,13 @@
 //
 // One block computes kBlockM tokens of one tile x kBlockN columns, visited as in grouped_linear. It adds the weights up
 // one after the other, for which N is a multiple of kDepth where there are several.
-// Grid: B * ceil(T / kBlockM) * ceil(K / kBlockN).
+// Grid: B * ceil(T / kBlockM) * ceil(K / kBlockN); of packed rows (R / kBlockM + B) * ceil(K / kBlockN) (packed.cuh).
 #pragma once
 
 #include "activations.cuh"
 #include "kernel.cuh"
 #include "loops.cuh"
+#include "packed.cuh"
 #include "pieces.cuh"
 #include "schedule.cuh"
 #include "types.cuh"
@@ -21,7 +22,7 @@ namespace mixpert {
 template <typename T>
 struct LinearBackwardArgs {
 #define FIELDS(FIELD)                                                                \
-  FIELD(const T*, dz)         /* (B, T, weights * N) */                              \
+  FIELD(const T*, dz)         /* (B, T, weights * N), or packed rows (R, ...) */     \
   FIELD(const T*, w0)         /* (E, N, K) */                                        \
   FIELD(const T*, w1)         /* (E, N, K) or null */                                \
   FIELD(const T*, w2)         /* (E, N, K) or null */                                \
@@ -30,8 +31,9 @@ struct LinearBackwardArgs {
   FIELD(T*, h)                /* (B, T, K) or null */                                \
   FIELD(const int*, expert)   /* (B,) */                                             \
   FIELD(const int*, order)    /* (B,) */                                             \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */             \
   FIELD(int, batch)                                                                  \
-  FIELD(int, tokens)                                                                 \
+  FIELD(int, tokens)          /* T, or R */                                          \
   FIELD(int, columns)         /* K */                                                \
   FIELD(int, depth)           /* N */                                                \
   FIELD(int, weights)                                                                \
@@ -82,11 +84,12 @@ class WeightsInTurn {
 template <class Config, typename T>
 __device__ void linear_backward_block(const LinearBackwardArgs<T>& args) {
   using Loop = typename Config::Loop;
-  const int token_blocks = ceil_div(args.tokens, Loop::kBlockM);
-  const Place place = locate(blockIdx.x, args.batch * token_blocks, ceil_div(args.columns, Loop::kBlockN));
-  const long long b = args.order[place.row / token_blocks], e = args.expert[b];
-  const int token = place.row % token_blocks * Loop::kBlockM, column = place.column * Loop::kBlockN;
-  const int tokens = args.tokens - token, columns = args.columns - column;
+  const Place place = locate(blockIdx.x, count_row_blocks<Loop::kBlockM>(args), ceil_div(args.columns, Loop::kBlockN));
+  const RowBlock at = row_block<Loop::kBlockM>(args, place.row, [&](int i) { return args.order[i]; });
+  if (!at.has_rows()) return;
+  const long long b = at.first, e = args.expert[at.tile];
+  const int token = at.first_row, column = place.column * Loop::kBlockN;
+  const int tokens = at.tokens - token, columns = args.columns - column;
 
   typename Loop::Accumulators acc;
   Loop::clear(acc);
@@ -94,7 +97,7 @@ __device__ void linear_backward_block(const LinearBackwardArgs<T>& args) {
                              e * args.stride_we + column, columns);
   Loop::run(acc, source, ceil_div(args.weights * args.depth, Loop::kDepth), shared_address(dynamic_shared()));
 
-  const long long first = (b * args.tokens + token) * args.columns + column;
+  const long long first = (row_number(args, b) + token) * args.columns + column;
   for_each_piece<Loop>(acc, [&](int row, int k, float(&v)[kPiece]) {
     if (row >= tokens || k >= columns) return;
     const long long at = first + static_cast<long long>(row) * args.columns + k;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "packed.cuh"
 #include "schedule.cuh"
 
 namespace mixpert {
@@ -11,7 +12,8 @@ template <typename T, class Args>
 __device__ __forceinline__ Outputs<T> outputs_of(const Args& args, int i, int tile, long long expert, int first_row,
                                                  int first_column) {
   const int width = args.weights * args.columns, column = i * args.columns + first_column;
-  const long long place = tile * args.stride_yb + first_row * args.stride_yt + column;
+  const Rows rows = rows_of(args, tile);
+  const long long place = rows.first * args.stride_yb + first_row * args.stride_yt + column;
   const T* bias = pick(i, args.b0, args.b1, args.b2);
   return {args.y + place,
           args.pre ? args.pre + place : nullptr,
@@ -19,7 +21,7 @@ __device__ __forceinline__ Outputs<T> outputs_of(const Args& args, int i, int ti
           bias ? bias + expert * args.columns + first_column : nullptr,
           args.scale ? args.scale + expert * width + column : nullptr,
           args.stride_yt,
-          args.tokens - first_row,
+          rows.tokens - first_row,
           args.columns - first_column,
           args.activation,
           args.vectors != 0};

@@ -12,7 +12,7 @@ template <typename T_>
 struct WgmmaArgs {
   using T = T_;
 #define FIELDS(FIELD)                                                          \
-  FIELD(TensorMap, x)        /* (B, T, K) */                                   \
+  FIELD(TensorMap, x)        /* (B, T, K), or packed rows (1, R, K) */         \
   FIELD(TensorMap, w0)       /* (E, N, K) */                                   \
   FIELD(TensorMap, w1)       /* (E, N, K), never read where there is none */   \
   FIELD(TensorMap, w2)                                                         \
@@ -25,10 +25,11 @@ struct WgmmaArgs {
   FIELD(T*, pre)             /* (B, T, width) or null, laid out like y */      \
   FIELD(const int*, expert)  /* (B,) */                                        \
   FIELD(const int*, order)   /* (B,) */                                        \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */       \
   FIELD(long long, stride_yb)                                                  \
   FIELD(long long, stride_yt)                                                  \
   FIELD(int, batch)                                                            \
-  FIELD(int, tokens)                                                           \
+  FIELD(int, tokens)         /* T, or R */                                     \
   FIELD(int, columns)        /* N */                                           \
   FIELD(int, depth)          /* K */                                           \
   FIELD(int, weights)                                                          \
@@ -93,8 +94,7 @@ struct Wgmma {
   __device__ Wgmma(const Args& args_, uint32_t shared_)
       : args(args_),
         shared(ceil_div(shared_, hopper::kSwizzleAlign) * hopper::kSwizzleAlign),
-        blocks(args_.batch * ceil_div(args_.tokens, Config::kBlockM) * args_.weights *
-               ceil_div(args_.columns, Config::kBlockN)),
+        blocks(count_row_blocks<Config::kBlockM>(args_) * args_.weights * ceil_div(args_.columns, Config::kBlockN)),
         steps(ceil_div(args_.depth, Config::kBlockK)) {}
 
   __device__ __forceinline__ uint32_t operands(int stage) const { return shared + stage * Config::kStageBytes; }
@@ -113,30 +113,51 @@ struct Wgmma {
     hopper::fence_init();
   }
 
+  __device__ __forceinline__ Place place_of(int block) const {
+    return locate(block, count_row_blocks<Config::kBlockM>(args),
+                  args.weights * ceil_div(args.columns, Config::kBlockN));
+  }
+  __device__ __forceinline__ RowBlock rows_at(const Place& place) const {
+    return row_block<Config::kBlockM>(args, place.row, [&](int i) { return args.order[i]; });
+  }
+
   // Where a block lies.
   struct Block {
-    int tile, expert, weight, first_m, first_n;
+    RowBlock rows;
+    int expert, weight, first_n;
   };
   __device__ __forceinline__ Block find(int block) const {
-    const int token_blocks = ceil_div(args.tokens, Config::kBlockM);
     const int weight_blocks = ceil_div(args.columns, Config::kBlockN);
-    const Place place = locate(block, args.batch * token_blocks, args.weights * weight_blocks);
-    const int tile = args.order[place.row / token_blocks];
-    return {tile, args.expert[tile], place.column / weight_blocks, place.row % token_blocks * Config::kBlockM,
+    const Place place = place_of(block);
+    const RowBlock rows = rows_at(place);
+    return {rows, args.expert[rows.tile], place.column / weight_blocks,
             place.column % weight_blocks * Config::kBlockN};
+  }
+
+  // This thread block's first block from `block` on, or the one that comes `others` after it; of packed rows those that
+  // have rows are counted.
+  __device__ __forceinline__ int seek(int block, int others) const {
+    if (!args.cu_seqlens) return block + others * gridDim.x;
+    for (; block < blocks; block += gridDim.x) {
+      if (rows_at(place_of(block)).has_rows() && others-- == 0) break;
+    }
+    return block;
   }
 
   // One thread. It runs ahead of the consumers by up to kStages, past the end of a block too.
   __device__ void produce() const {
     Ring<Config::kStages> ring;
-    for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
+    for (int block = seek(blockIdx.x, 0); block < blocks; block = seek(block + gridDim.x, 0)) {
       const Block at = find(block);
+      // The box of packed rows may hold some of the next tile, which are multiplied and not stored.
+      const int tile = args.cu_seqlens ? 0 : at.rows.tile;
+      const int row = at.rows.first_row + (args.cu_seqlens ? at.rows.first : 0);
       const TensorMap* w = pick(at.weight, &args.w0, &args.w1, &args.w2);
       for (int step = 0; step < steps; ++step, ring.next()) {
         const int k = step * Config::kBlockK;
         hopper::wait(empty(ring.stage), ring.parity ^ 1);
         hopper::arrive_and_expect(full(ring.stage), Config::kStageBytes);
-        hopper::load_box(operands(ring.stage), args.x, at.tile, at.first_m, k, full(ring.stage));
+        hopper::load_box(operands(ring.stage), args.x, tile, row, k, full(ring.stage));
         hopper::load_box(operands(ring.stage) + Config::kOperandBytes, *w, at.expert, at.first_n, k, full(ring.stage));
       }
     }
@@ -149,7 +170,8 @@ struct Wgmma {
     Ring<Config::kStages> ring;
     ring.skip(me * steps);
     int parity = me ^ 1;  // the first consumer's first turn has come
-    for (int block = blockIdx.x + me * gridDim.x; block < blocks; block += Config::kConsumers * gridDim.x) {
+    const int others = Config::kConsumers - 1;
+    for (int block = seek(blockIdx.x, me); block < blocks; block = seek(block + gridDim.x, others)) {
       const Block at = find(block);
       hopper::wait(turn(me), parity);
       parity ^= 1;
@@ -203,7 +225,7 @@ struct Wgmma {
     const int warp = hopper::warp_index() - hopper::kWarpgroup / 32;
     unsigned char* strip = dynamic_shared() + (shared - shared_address(dynamic_shared())) + Config::kStripsAt +
                            warp * Strip::kBytes;
-    const Outputs<T> out = outputs_of<T>(args, at.weight, at.tile, at.expert, at.first_m, at.first_n);
+    const Outputs<T> out = outputs_of<T>(args, at.weight, at.rows.tile, at.expert, at.rows.first_row, at.first_n);
 #pragma unroll 1
     for (int column = 0; column < Config::kBlockN; column += Strip::kColumns) {
       const StripWriter<T, Strip> writer(out, column);
@@ -224,9 +246,9 @@ struct Wgmma {
 // z[b, t, i N + n] = sum_k x[b, t, k] w_i[e, n, k] + bias_i[e, n]     with e = expert[b], i the weight
 // y[b, t, c] = scale[e, c] act(z[b, t, c]) + residual[b, t, c]        with c in [0, width), width = weights * N
 //
-// Blocks of the output are 128 tokens of one tile x 128 columns of one weight, in the order of `locate`. The grid fills the
-// chip once; thread block p computes the blocks p, p + grid, ... Its first warpgroup loads, by TMA, which writes zeros past
-// T, N and K; the two others multiply.
+// Blocks of the output are 128 tokens of one tile x 128 columns of one weight, in the order of `locate`; of packed rows
+// there are R / 128 + B row blocks (packed.cuh). The grid fills the chip once; thread block p computes the blocks p,
+// p + grid, ... Its first warpgroup loads, by TMA, which writes zeros past T, N and K; the two others multiply.
 template <class Config, class Args>
 __device__ void grouped_linear_wgmma(const Args& args) {
   const Wgmma<Config, Args> self(args, shared_address(dynamic_shared()));

@@ -4,10 +4,14 @@
 // One block computes kBlockM of n x kBlockN of k of one expert, all of its sum in a fixed order: no atomics, so an
 // expert's gradient is bit for bit what its own tiles alone give, and an expert without tiles stores zeros.
 // Grid: E * blocks_n * ceil(K / kBlockN), blocks_n = the sum of ceil(width_i / kBlockM).
+//
+// The tokens of a tile are summed from its first one on, kDepth at a time, and what lies past its last one is copied as
+// zeros: packed rows give an expert the bits of its own tiles, wherever they lie.
 #pragma once
 
 #include "kernel.cuh"
 #include "loops.cuh"
+#include "packed.cuh"
 #include "pieces.cuh"
 #include "schedule.cuh"
 #include "side_by_side.cuh"
@@ -19,12 +23,13 @@ template <typename T>
 struct GroupedOuterArgs {
 #define FIELDS(FIELD)                                                            \
   FIELD(const T*, z)          /* (B, T, N), N = width0 + width1 + width2 */      \
-  FIELD(const T*, x)          /* (B, T, K) */                                    \
+  FIELD(const T*, x)          /* (B, T, K); both or neither packed rows */       \
   FIELD(void*, out0)          /* (E, width0, K), float where `main`, else T */   \
   FIELD(void*, out1)          /* (E, width1, K) */                               \
   FIELD(void*, out2)          /* (E, width2, K) */                               \
   FIELD(const int*, order)    /* (B,) */                                         \
   FIELD(const int*, offsets)  /* (E + 1,) */                                     \
+  FIELD(const int*, cu_seqlens)  /* (B + 1,) for packed rows, or null */         \
   FIELD(int, tokens)                                                             \
   FIELD(int, width0)                                                             \
   FIELD(int, width1)                                                             \
@@ -67,9 +72,10 @@ class TokensOfTiles {
 
  private:
   __device__ __forceinline__ void start() {
-    z_.start(first_z_ + next_ * args_.stride_zb);
-    x_.start(first_x_ + next_ * args_.stride_xb);
-    left_ = args_.tokens;
+    const Rows rows = rows_of(args_, next_);
+    z_.start(first_z_ + rows.first * args_.stride_zb);
+    x_.start(first_x_ + rows.first * args_.stride_xb);
+    left_ = rows.tokens;
     if (--tiles_ > 0) next_ = *++order_;  // long before it is needed
   }
 
@@ -99,6 +105,18 @@ __device__ __forceinline__ void store_gradient(const typename Loop::Accumulators
   });
 }
 
+// How many tiles of kDepth tokens an expert's tiles take. One without rows takes one of zeros: a loop that passed it by
+// would take registers. For whole warps.
+template <int kDepth, class Args>
+__device__ __forceinline__ int count_steps(const Args& args, const int* order, int tiles) {
+  if (!args.cu_seqlens) return tiles * ceil_div(args.tokens, kDepth);
+  int steps = 0;
+  for (int i = threadIdx.x % 32; i < tiles; i += 32) {
+    steps += max(ceil_div(rows_of(args, order[i]).tokens, kDepth), 1);
+  }
+  return __reduce_add_sync(~0u, steps);
+}
+
 template <class Config, typename T>
 __device__ void grouped_outer_block(const GroupedOuterArgs<T>& args) {
   using Loop = typename Config::Loop;
@@ -114,7 +132,8 @@ __device__ void grouped_outer_block(const GroupedOuterArgs<T>& args) {
   if (tiles > 0) {
     TokensOfTiles<Loop> source(args, args.z + at.before + at.first, args.x + k, rows, columns, args.order + start,
                                tiles);
-    Loop::run(acc, source, tiles * ceil_div(args.tokens, Loop::kDepth), shared_address(dynamic_shared()));
+    const int steps = count_steps<Loop::kDepth>(args, args.order + start, tiles);
+    Loop::run(acc, source, steps, shared_address(dynamic_shared()));
   }
   void* out = pick(at.tensor, args.out0, args.out1, args.out2);
   const long long at_row = static_cast<long long>(e) * at.width + at.first, first = at_row * args.depth + k;

@@ -5,6 +5,7 @@
 
 #include "activations.cuh"
 #include "kernel.cuh"
+#include "packed.cuh"
 #include "rows.cuh"
 #include "schedule.cuh"
 #include "sync.cuh"
@@ -29,7 +30,7 @@ enum Rule { kDirect, kThreshold, kRunnerUp, kVersatile };  // the last two: refe
   FIELD(int*, expert)                        /* (B,) */                                    \
   FIELD(int*, order)                         /* (B,) */                                    \
   FIELD(int*, offsets)                       /* (E + 1,) */                                \
-  FIELD(float*, partials)                    /* (I, S, D), S = ceil_div(T, kPoolRows) */       \
+  FIELD(float*, partials)                    /* (I, S, D), S = ceil_div(T, kPoolRows); (slots, D) */ \
   FIELD(float*, router_vectors)              /* (I, D + H + E) */                          \
   FIELD(int*, arrived)                       /* (I,) zeros: row blocks pooled */           \
   FIELD(int*, scored)                        /* (1,) zero: images scored */                \
@@ -76,15 +77,35 @@ __device__ __forceinline__ void pool_columns(const T* x, float* partial, int row
   }
 }
 
-// The sum of row block `block` of an image's base tile, to its place in args.partials.
+template <class Args>
+__device__ __forceinline__ int base_tile_of(const Args& args, int image) {
+  return args.base_tile ? static_cast<int>(args.base_tile[image]) : image;
+}
+
+// What is pooled for an image: the rows of its base tile, whose sums stand from `first` on in args.partials.
+struct Pool {
+  long long first;
+  int blocks;  // at least one, so that somebody arrives for a tile without rows
+  int tokens;
+};
+
+template <class Args>
+__device__ __forceinline__ Pool pool_of(const Args& args, int image) {
+  if (!args.cu_seqlens) {
+    const int blocks = ceil_div(args.tokens, kPoolRows);
+    return {static_cast<long long>(image) * blocks, blocks, args.tokens};
+  }
+  const int tile = base_tile_of(args, image), tokens = rows_of(args, tile).tokens;
+  return {first_slot<kPoolRows>(args.cu_seqlens, tile), max(ceil_div(tokens, kPoolRows), 1), tokens};
+}
+
+// The sum of a block of up to kPoolRows rows, to its place in args.partials. first: of the tile, as of Rows.
 template <int kThreads, typename T, class Args>
-__device__ __forceinline__ void pool_block(const Args& args, int image, int block) {
+__device__ __forceinline__ void pool_block(const Args& args, long long place, int first, int first_row, int tokens) {
   constexpr int kVector = Vector<T>::kSize;
-  const long long tile = args.base_tile ? args.base_tile[image] : image;
-  const T* x = args.x + tile * args.stride_xb + static_cast<long long>(block) * kPoolRows * args.stride_xt;
-  const long long place = static_cast<long long>(image) * ceil_div(args.tokens, kPoolRows) + block;
+  const T* x = args.x + first * args.stride_xb + first_row * args.stride_xt;
   float* partial = args.partials + place * args.width;
-  const int rows = min(args.tokens - block * kPoolRows, kPoolRows);
+  const int rows = min(tokens - first_row, kPoolRows);
   const bool vectors =
       reinterpret_cast<unsigned long long>(x) % 16 == 0 && args.stride_xt % kVector == 0 && args.width % kVector == 0;
   if (vectors) {
@@ -127,10 +148,11 @@ __device__ __forceinline__ void router_linear(const float* v, const P* weight, c
 template <int kThreads, typename P, class Args>
 __device__ __forceinline__ float* score_image(const Args& args, int image, float* vectors, float* sums) {
   static_assert(kThreads >= kScorers);
-  const int width = args.width, blocks = ceil_div(args.tokens, kPoolRows);
+  const Pool pool = pool_of(args, image);
+  const int width = args.width, blocks = pool.blocks;
   const P* gain = static_cast<const P*>(args.router_norm_weight);
   const P* offset = static_cast<const P*>(args.router_norm_bias);
-  const float* partial = args.partials + static_cast<long long>(image) * blocks * width;
+  const float* partial = args.partials + pool.first * width;
   float *h = vectors, *hidden = h + width, *logits = hidden + args.hidden;
   for (int d = threadIdx.x; d < width; d += kThreads) {
     float part[4] = {};
@@ -141,7 +163,7 @@ __device__ __forceinline__ float* score_image(const Args& args, int image, float
         if (s + j < blocks) part[j] = __fadd_rn(part[j], __ldcg(partial + static_cast<long long>(s + j) * width + d));
       }
     }
-    h[d] = mean_of(sum_of(part), args.tokens);
+    h[d] = mean_of(sum_of(part), pool.tokens);
     args.pooled[static_cast<long long>(image) * width + d] = h[d];
   }
   __syncthreads();
@@ -260,7 +282,7 @@ struct RouteShared {
 // What the last row block of an image does: score, decide, and for the last image sort. Others return at once.
 template <int kThreads, typename T, class Args>
 __device__ __forceinline__ void finish_image(const Args& args, int image, RouteShared& shared) {
-  if (!last_to_arrive(args.arrived + image, ceil_div(args.tokens, kPoolRows), &shared.said)) return;
+  if (!last_to_arrive(args.arrived + image, pool_of(args, image).blocks, &shared.said)) return;
   const int size = args.width + args.hidden + args.experts;
   float* vectors = size <= kVectors ? shared.vectors : args.router_vectors + static_cast<long long>(image) * size;
   float* logits = args.router_floats ? score_image<kThreads, float>(args, image, vectors, shared.sums)
@@ -276,10 +298,11 @@ __device__ __forceinline__ void finish_image(const Args& args, int image, RouteS
 template <typename T>
 struct RouteArgs {
 #define FIELDS(FIELD)            \
-  FIELD(const T*, x) /* (B, T, D) */ \
+  FIELD(const T*, x) /* (B, T, D), or packed rows (R, D) */ \
+  FIELD(const int*, cu_seqlens) /* (B + 1,) for packed rows, or null */ \
   FIELD(long long, stride_xb)    \
   FIELD(long long, stride_xt)    \
-  FIELD(int, tokens)             \
+  FIELD(int, tokens) /* T, or R */ \
   FIELD(int, width)              \
   MIXPERT_ROUTER_FIELDS(FIELD)
   MIXPERT_FIELDS(FIELDS)
@@ -296,17 +319,47 @@ struct RouteConfig {
   static constexpr void constants(Facts& facts) { facts.constant("pool_rows", kPoolRows); }
 };
 
+// The first image from `from` on whose base tile this is; args.images if there is none. All lanes of a warp call it.
+template <class Args>
+__device__ __forceinline__ int image_of_base(const Args& args, int tile, int from) {
+  if (!args.base_tile) return from <= tile ? tile : args.images;
+#pragma unroll 1
+  for (; from < args.images; from += kWarp) {
+    const int image = from + threadIdx.x % kWarp;
+    const unsigned found = __ballot_sync(~0u, image < args.images && args.base_tile[image] == tile);
+    if (found) return from + __ffs(found) - 1;
+  }
+  return args.images;
+}
+
 // p[i] = mean_t x[base_tile[i], t];  scores[i] = softmax(router(p[i]));  the rule's expert of i serves all its tiles
 //
 // One block adds kPoolRows rows of one image's base tile. Grid: I * S with S = ceil_div(T, kPoolRows). Nobody waits:
 // the last block of an image to arrive scores it, and the last image to be scored writes expert, order and offsets.
+//
+// Of packed rows, one block adds a row block of any tile, if it is the base tile of an image, or of several. Grid:
+// R / kPoolRows + B. A tile without rows has one block all the same, whose mean is none.
 template <class Config, typename T>
 __device__ __forceinline__ void route_block(const RouteArgs<T>& args) {
   __shared__ RouteShared shared;
-  const int blocks = ceil_div(args.tokens, kPoolRows);
-  const int image = blockIdx.x / blocks;
-  pool_block<Config::kThreads, T>(args, image, blockIdx.x % blocks);
-  finish_image<Config::kThreads, T>(args, image, shared);
+  int image, tile, first, first_row, tokens = args.tokens;
+  if (args.cu_seqlens) {
+    const RowBlock at = row_block<kPoolRows>(args, blockIdx.x, [](int number) { return number; });
+    if (at.first_row >= max(at.tokens, 1)) return;
+    tile = at.tile, first = at.first, first_row = at.first_row, tokens = at.tokens;
+    image = image_of_base(args, tile, 0);
+    if (image >= args.images) return;
+  } else {
+    const int blocks = ceil_div(args.tokens, kPoolRows);
+    image = blockIdx.x / blocks, first_row = blockIdx.x % blocks * kPoolRows;
+    tile = first = base_tile_of(args, image);
+  }
+  pool_block<Config::kThreads, T>(args, blockIdx.x, first, first_row, tokens);
+#pragma unroll 1
+  do {
+    finish_image<Config::kThreads, T>(args, image, shared);
+    image = args.cu_seqlens ? image_of_base(args, tile, image + 1) : args.images;
+  } while (image < args.images);
 }
 
 }  // namespace mixpert

@@ -42,7 +42,8 @@ __device__ __forceinline__ void route_grouped_linear(const RouteGroupedLinearArg
   const int ticket = draw_ticket(args.ticket);
   if (ticket < pools) {
     const int image = ticket / pool_blocks;
-    pool_block<Config::kThreads, T>(args, image, ticket % pool_blocks);
+    const int first_row = ticket % pool_blocks * kPoolRows;
+    pool_block<Config::kThreads, T>(args, ticket, base_tile_of(args, image), first_row, args.tokens);
     finish_image<Config::kThreads, T>(args, image, *reinterpret_cast<RouteShared*>(dynamic_shared()));
   } else if (ticket < pools + norms) {
     normalise_ticket<Config, T>(args, ticket - pools, [&](int tile) {

@@ -47,6 +47,7 @@ struct TicketOutputs {
   static constexpr const T* scale = nullptr;
   static constexpr const T* residual = nullptr;
   static constexpr T* pre = nullptr;
+  static constexpr const int* cu_seqlens = nullptr;
 };
 
 constexpr int kNormRows = 8;  // rows of a ticket, two a warp: 92 tickets for 729 tokens
@@ -104,7 +105,7 @@ __device__ __forceinline__ void multiply_ticket(const Args& args, int ticket, co
   if (threadIdx.x == 0) wait_for(args.ready + place.row, ceil_div(rows, kNormRows));
   __syncthreads();
   const auto* h = args.h + static_cast<long long>(tile) * args.tokens * args.width;
-  linear_block<Loop>(args, h, args.width, tile, expert_of(tile), first_row, place.column);
+  linear_block<Loop>(args, h, args.width, args.tokens, tile, expert_of(tile), first_row, place.column);
 }
 
 }  // namespace mixpert

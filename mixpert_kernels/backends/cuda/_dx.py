@@ -6,33 +6,32 @@ import torch
 from torch import Tensor
 
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
-from mixpert_kernels.backends.uniform import refuse_packed
 
 from . import _configs, _launch
-from ._operands import aligned_pieces, alike, cdiv, named, padded
+from ._operands import Rows, aligned_pieces, alike, cdiv, named, padded, strides
 
 
 def linear_dx(
-    dz: Tensor,  # (B, T, sum N_i)
+    dz: Tensor,  # (B, T, sum N_i) or (R, sum N_i)
     weights: list[Tensor],  # each (E, N_i, K)
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     activation: str = "none",
-    pre: Tensor | None = None,  # (B, T, K)
+    pre: Tensor | None = None,  # as dx
     *,
     cu_seqlens: Tensor | None = None,  # (B + 1,) int32
-) -> tuple[Tensor, Tensor | None]:  # dx (B, T, K), h (B, T, K)
+) -> tuple[Tensor, Tensor | None]:  # dx (B, T, K) or (R, K), h as dx
     """Return ``dx = (sum_i dz_i @ weights[i][e]) * act'(pre)`` and ``h = act(pre)``; without ``pre``, dz @ W and None.
 
     One launch for up to three weights of one shape and layout; others are concatenated first.
     """
-    refuse_packed("grouped_linear", "cuda", cu_seqlens)
-    (batch, tokens, _), columns = dz.shape, weights[0].shape[2]
-    kernel = _configs.of_size(
-        f"grouped_linear_backward_{_configs.SUFFIX[dz.dtype]}",
-        dz.device,
-        lambda facts: batch * cdiv(tokens, facts["block_m"]) * cdiv(columns, facts["block_n"]),
-    )
+    rows, columns = Rows.of(dz, cu_seqlens), weights[0].shape[2]
+
+    def blocks(facts: dict[str, int]) -> int:
+        return rows.blocks(facts["block_m"]) * cdiv(columns, facts["block_n"])
+
+    name = f"grouped_linear_backward_{_configs.SUFFIX[dz.dtype]}"
+    kernel = _configs.of_size(name, dz.device, blocks)
     facts = _launch.kernels()[kernel].constants
     weights = [padded(w.to(dz.dtype)) for w in weights]
     # A tile of dz must not reach into the columns of the next weight.
@@ -40,7 +39,7 @@ def linear_dx(
     if alike(weights) < len(weights) or not apart:
         weights = [torch.cat(weights, 1)]
     dz = padded(dz)
-    dx = dz.new_empty(batch, tokens, columns)
+    dx = dz.new_empty(*dz.shape[:-1], columns)
     pre = None if pre is None else pre.contiguous()
     h = None if pre is None else torch.empty_like(dx)
     args = {
@@ -51,18 +50,14 @@ def linear_dx(
         "h": h,
         "expert": expert,
         "order": order,
-        "batch": batch,
-        "tokens": tokens,
+        **rows.arguments(),
         "columns": columns,
         "depth": weights[0].shape[1],
         "weights": len(weights),
         "activation": ACTIVATIONS.index(activation),
         "aligned": aligned_pieces(columns, dx, pre, h),
-        "stride_zb": dz.stride(0),
-        "stride_zt": dz.stride(1),
-        "stride_we": weights[0].stride(0),
-        "stride_wn": weights[0].stride(1),
+        **strides("stride_z{}", dz, "bt"),
+        **strides("stride_w{}", weights[0], "en"),
     }
-    grid = batch * cdiv(tokens, facts["block_m"]) * cdiv(columns, facts["block_n"])
-    _launch.launch(kernel, grid, args)
+    _launch.launch(kernel, blocks(facts), args)
     return dx, h

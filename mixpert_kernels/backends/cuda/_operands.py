@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 from torch import Tensor
 
 # Weights that one launch reads or gradients that it writes: query, key and value.
@@ -11,6 +14,36 @@ ALIGNMENT = 16  # bytes; what cp.async and vector loads move at once
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+class Rows(NamedTuple):
+    """The rows of a batch as kernels count them (csrc/cuda/packed.cuh)."""
+
+    cu_seqlens: Tensor | None  # (B + 1,) int32 for packed rows
+    batch: int
+    tokens: int  # T, or R of packed rows
+
+    @classmethod
+    def of(cls, x: Tensor, cu_seqlens: Tensor | None) -> Rows:
+        """Of (B, T, D), or (R, D) with ``cu_seqlens``."""
+        batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        return cls(cu_seqlens, batch, x.shape[-2])
+
+    def slots(self, size: int) -> tuple[int, ...]:
+        """The shape of what holds something for every block of up to so many rows of one tile.
+
+        (B, ceil(T / size)), or of packed rows (R // size + B,), of which some stay empty.
+        """
+        if self.cu_seqlens is None:
+            return self.batch, cdiv(self.tokens, size)
+        return (self.tokens // size + self.batch,)
+
+    def blocks(self, size: int) -> int:
+        """How many those are."""
+        return math.prod(self.slots(size))
+
+    def arguments(self) -> dict[str, Any]:
+        return self._asdict()
 
 
 def aligned(*tensors: Tensor | None) -> bool:
@@ -66,6 +99,11 @@ def alike(weights: list[Tensor]) -> int:
 
 
 def strides(pattern: str, tensor: Tensor | None, names: str) -> dict[str, int]:
-    """A kernel's arguments that are the tensor's strides, 0 without a tensor."""
+    """A kernel's arguments that are the tensor's strides, 0 without a tensor.
+
+    Packed rows have one, which stands for that of tiles too.
+    """
     found = (0,) * len(names) if tensor is None else tensor.stride()
+    if tensor is not None and tensor.ndim == 2:
+        found = found[:1] * 2
     return {pattern.format(name): s for name, s in zip(names, found, strict=False)}

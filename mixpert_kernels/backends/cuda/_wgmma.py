@@ -13,7 +13,7 @@ from mixpert_kernels.backends.chips import Chip, tma_allowed
 from mixpert_kernels.backends.reference.activations import ACTIVATIONS
 
 from . import _configs, _launch
-from ._operands import ALIGNMENT, WEIGHTS, aligned, cdiv, named, strides
+from ._operands import ALIGNMENT, WEIGHTS, Rows, aligned, cdiv, named, strides
 
 # Blocks have 128 columns and steps 64 of the depth: with fewer than this, more than half would be computed for nothing.
 LEAST_COLUMNS, LEAST_DEPTH = 64, 64
@@ -42,27 +42,28 @@ def kernel(dtype: torch.dtype) -> str:
 
 
 def launch_side_by_side(
-    x: Tensor,  # (B, T, K)
+    x: Tensor,  # (B, T, K) or (R, K)
+    rows: Rows,
     weights: list[Tensor],  # up to three of one shape, each (E, N, K)
     biases: list[Tensor],  # each (E, N), or empty
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     activation: str,
-    residual: Tensor | None,  # (B, T, columns of all weights), laid out like y
+    residual: Tensor | None,  # (B, T, columns of all weights) or (R, ...), laid out like y
     y: Tensor,
     pre: Tensor | None,  # laid out like y
     *,
     scale: Tensor | None,  # (E, columns of all weights)
 ) -> None:
     """One launch; rows of x and of the weights begin at multiples of 16 bytes."""
-    (batch, tokens, depth), columns = x.shape, weights[0].shape[1]
+    columns = weights[0].shape[1]
     name = kernel(x.dtype)
     facts = _launch.kernels()[name].constants
     column_blocks = len(weights) * cdiv(columns, facts["block_n"])
-    blocks = batch * cdiv(tokens, facts["block_m"]) * column_blocks
+    blocks = rows.blocks(facts["block_m"]) * column_blocks
     maps = [described(w, facts["block_n"], facts["block_k"]) for w in weights]
     args = {
-        "x": described(x, facts["block_m"], facts["block_k"]),
+        "x": described(x if x.ndim == 3 else x[None], facts["block_m"], facts["block_k"]),
         # A weight that there is not is never read, but no tensor map describes nothing.
         **{f"w{i}": maps[min(i, len(maps) - 1)] for i in range(WEIGHTS)},
         **named("b{}", biases),
@@ -73,10 +74,9 @@ def launch_side_by_side(
         "expert": expert,
         "order": order,
         **strides("stride_y{}", y, "bt"),
-        "batch": batch,
-        "tokens": tokens,
+        **rows.arguments(),
         "columns": columns,
-        "depth": depth,
+        "depth": x.shape[-1],
         "weights": len(weights),
         "activation": ACTIVATIONS.index(activation),
         "vectors": columns * x.element_size() % ALIGNMENT == 0

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
-from ._operands import cdiv, padded, rows_dense, strides
+from ._operands import Rows, cdiv, padded, rows_dense, strides
 from ._reduce import sums_by_expert
 
 
 def grouped_layer_norm(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D) or (R, D)
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
     expert: Tensor,  # (B,) int32
@@ -21,9 +19,8 @@ def grouped_layer_norm(
     offsets: Tensor,
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), mean (B, T, 1) float32, rstd (B, T, 1) float32
-    refuse_packed("grouped_layer_norm", "cuda", cu_seqlens)
-    batch, tokens, width = x.shape
+) -> tuple[Tensor, Tensor, Tensor]:  # as x, mean (B, T, 1) or (R, 1) float32, rstd like it
+    rows, width = Rows.of(x, cu_seqlens), x.shape[-1]
     kernel = f"grouped_layer_norm_{_configs.SUFFIX[x.dtype]}"
     facts = _launch.kernels()[kernel]
     if not vectors(x):
@@ -32,7 +29,7 @@ def grouped_layer_norm(
         kernel += "_wide"
     x = _rows(x)
     y = x.new_empty(x.shape)
-    mean = x.new_empty(batch, tokens, 1, dtype=torch.float32)
+    mean = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
     rstd = torch.empty_like(mean)
     args = {
         "x": x,
@@ -43,37 +40,37 @@ def grouped_layer_norm(
         "rstd": rstd,
         "expert": expert,
         **strides("stride_x{}", x, "bt"),
-        "tokens": tokens,
+        **rows.arguments(),
         "width": width,
         "eps": eps,
     }
-    rows = _launch.kernels()[kernel].constants["rows"]
-    _launch.launch(kernel, batch * cdiv(tokens, rows), args)
+    size = _launch.kernels()[kernel].constants["rows"]
+    tiles = rows.batch if cu_seqlens is None else 1  # a packed row looks for its tile itself
+    _launch.launch(kernel, tiles * cdiv(rows.tokens, size), args)
     return y, mean, rstd
 
 
 def grouped_layer_norm_backward(
-    dy: Tensor,  # (B, T, D)
-    x: Tensor,  # (B, T, D)
+    dy: Tensor,  # (B, T, D) or (R, D)
+    x: Tensor,  # as dy
     weight: Tensor,  # (E, D)
     bias: Tensor | None,  # (E, D)
-    mean: Tensor,  # (B, T, 1) float32
-    rstd: Tensor,  # (B, T, 1) float32
+    mean: Tensor,  # (B, T, 1) or (R, 1) float32
+    rstd: Tensor,  # as mean
     expert: Tensor,  # (B,) int32
     order: Tensor,  # (B,) int32
     offsets: Tensor,  # (E + 1,) int32
     cu_seqlens: Tensor | None,  # (B + 1,) int32
-) -> tuple[Tensor, Tensor, Tensor]:  # (B, T, D), (E, D), (E, D) or empty
-    refuse_packed("grouped_layer_norm", "cuda", cu_seqlens)
-    batch, tokens, width = x.shape
+) -> tuple[Tensor, Tensor, Tensor]:  # as x, (E, D), (E, D) or empty
+    rows, width = Rows.of(x, cu_seqlens), x.shape[-1]
     kernel = f"grouped_layer_norm_backward_{_configs.SUFFIX[x.dtype]}"
     if not vectors(x):
         kernel += "_any"
-    chunks = cdiv(tokens, _launch.kernels()[kernel].constants["tokens"])
+    chunk = _launch.kernels()[kernel].constants["tokens"]
     dy, x = _rows(dy), _rows(x)
     dx = x.new_empty(x.shape)
     widths = [width] if bias is None else [width, width]
-    parts = x.new_empty(batch, chunks, sum(widths), dtype=torch.float32)
+    parts = x.new_empty(*rows.slots(chunk), sum(widths), dtype=torch.float32)
     args = {
         "dy": dy,
         "x": x,
@@ -85,12 +82,14 @@ def grouped_layer_norm_backward(
         "expert": expert,
         **strides("stride_g{}", dy, "bt"),
         **strides("stride_x{}", x, "bt"),
-        "tokens": tokens,
+        **rows.arguments(),
         "width": width,
         "has_bias": bias is not None,
     }
-    _launch.launch(kernel, batch * chunks, args)
-    grads = sums_by_expert(parts, widths, order, offsets, weight.shape[0], weight.dtype)
+    _launch.launch(kernel, rows.blocks(chunk), args)
+    by_expert = (order, offsets, weight.shape[0])
+    packed = {"cu_seqlens": cu_seqlens, "chunk": chunk}
+    grads = sums_by_expert(parts, widths, *by_expert, weight.dtype, **packed)
     return dx, grads[0], weight.new_empty(0) if bias is None else grads[1]
 
 

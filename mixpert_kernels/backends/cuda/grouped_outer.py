@@ -7,15 +7,13 @@ import itertools
 import torch
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
 from ._operands import ALIGNMENT, WEIGHTS, aligned_pieces, cdiv, named, padded, strides
 
 
 def grouped_outer(
-    dz: Tensor,  # (B, T, N), N = sum of widths
-    x: Tensor,  # (B, T, K)
+    dz: Tensor,  # (B, T, N) or (R, N), N = sum of widths
+    x: Tensor,  # (B, T, K) or (R, K)
     widths: list[int],
     order: Tensor,  # (B,) int32
     offsets: Tensor,  # (E + 1,) int32
@@ -41,27 +39,27 @@ def grouped_outer(
         out: main gradients to write instead of new tensors; contiguous.
         accumulate: add to ``out`` instead of overwriting it: an expert without a tile keeps what it has.
     """
-    refuse_packed("grouped_linear", "cuda", cu_seqlens)
     if out is None:
-        out = [x.new_empty(num_experts, width, x.shape[2], dtype=dtype) for width in widths]
+        out = [x.new_empty(num_experts, width, x.shape[-1], dtype=dtype) for width in widths]
     assert all(o.is_contiguous() and o.dtype in (x.dtype, torch.float32) for o in out)
     assert not accumulate or all(o.dtype == torch.float32 for o in out)
     starts = [0, *itertools.accumulate(widths)]
-    dz, depth, x = padded(dz), x.shape[2], padded(x)
+    dz, depth, x = padded(dz), x.shape[-1], padded(x)
+    by_expert = (order, offsets, cu_seqlens)
     if any(start * dz.element_size() % ALIGNMENT for start in starts[:-1]):
         # A weight's columns do not begin where they can be read: all of them as one weight, then apart.
         whole = x.new_empty(num_experts, starts[-1], depth, dtype=out[0].dtype)
-        _launch_run(dz, x, [whole], order, offsets, False)
+        _launch_run(dz, x, [whole], *by_expert, False)
         for o, part in zip(out, whole.split(widths, 1), strict=True):
             o.add_(part) if accumulate else o.copy_(part)
     else:
         for first in range(0, len(widths), WEIGHTS):
             some = out[first : first + WEIGHTS]
-            _launch_run(dz[:, :, starts[first] :], x, some, order, offsets, accumulate)
+            _launch_run(dz[..., starts[first] :], x, some, *by_expert, accumulate)
     return out
 
 
-def _launch_run(dz, x, out, order, offsets, accumulate) -> None:
+def _launch_run(dz, x, out, order, offsets, cu_seqlens, accumulate) -> None:
     num_experts, _, depth = out[0].shape
     widths = [o.shape[1] for o in out] + [0] * (WEIGHTS - len(out))
 
@@ -80,7 +78,8 @@ def _launch_run(dz, x, out, order, offsets, accumulate) -> None:
         **named("out{}", out),
         "order": order,
         "offsets": offsets,
-        "tokens": x.shape[1],
+        "cu_seqlens": cu_seqlens,
+        "tokens": x.shape[-2],
         **{f"width{i}": width for i, width in enumerate(widths)},
         "blocks_n": blocks_n(facts),
         "depth": depth,

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixpert_kernels.backends.uniform import refuse_packed
-
 from . import _configs, _launch
-from ._operands import cdiv, rows_dense, strides
+from ._operands import Rows, cdiv, rows_dense, strides
 from ._route_backward import route_backward
 
 __all__ = ["route", "route_backward"]
@@ -20,7 +18,7 @@ RULES = {"direct": 0, "score_threshold": 1, "runner_up": 2, "versatile": 3}
 
 
 def route(
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D) or (R, D)
     cu_seqlens: Tensor | None,  # (B + 1,) int32
     image_of_tile: Tensor | None,  # (B,)
     base_tile: Tensor | None,  # (I,)
@@ -36,35 +34,35 @@ def route(
     threshold: float,
     against: str,
 ) -> tuple[Tensor, ...]:  # scores (I, E), pooled (I, D), expert, order, offsets
-    refuse_packed("route", "cuda", cu_seqlens)
     kernel = f"route_{_configs.SUFFIX[x.dtype]}"
-    x = rows_dense(x)
+    x, rows = rows_dense(x), Rows.of(x, cu_seqlens)
     router = (norm_weight, norm_bias, hidden_weight, hidden_bias, weight, bias)
     args, routed = router_arguments(
         kernel,
         x,
+        rows,
         (image_of_tile, base_tile, expert),
         router,
         (eps, strategy, threshold, against),
     )
     images = routed["scores"].shape[0]
-    blocks = cdiv(x.shape[1], _launch.kernels()[kernel].constants["pool_rows"])
     args |= place_counters(x.new_zeros(2 * images + 1, dtype=torch.int32), images)
-    args |= {"x": x, **strides("stride_x{}", x, "bt"), "tokens": x.shape[1], "width": x.shape[2]}
-    _launch.launch(kernel, images * blocks, args)
+    args |= {"x": x, **strides("stride_x{}", x, "bt"), **rows.arguments(), "width": x.shape[-1]}
+    _launch.launch(kernel, args["partials"].shape[0], args)
     scores, pooled, *ids = routed.values()
     return scores, pooled, *ids
 
 
 def router_arguments(
     kernel: str,
-    x: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D) or (R, D)
+    rows: Rows,
     tiles: tuple[Tensor | None, ...],  # image_of_tile, base_tile, forced
     router: tuple[Tensor | None, ...],  # six parameters
     rule: tuple[float, str, float, str],  # eps, strategy, threshold, against
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a kernel that routes takes beside x and its counters; and of it the results, in the order of ``route``."""
-    batch, tokens, width = x.shape
+    batch, width = rows.batch, x.shape[-1]
     image_of_tile, base_tile, forced = (
         None if t is None else t.to(torch.int64).contiguous() for t in tiles
     )
@@ -80,7 +78,10 @@ def router_arguments(
         "order": x.new_empty(batch, dtype=torch.int32),
         "offsets": x.new_empty(experts + 1, dtype=torch.int32),
     }
-    blocks = cdiv(tokens, _launch.kernels()[kernel].constants["pool_rows"])
+    size = _launch.kernels()[kernel].constants["pool_rows"]
+    # Row blocks of images' base tiles, or of all tiles: which of those are base tiles, the host does not know.
+    uniform = rows.cu_seqlens is None
+    blocks = images * cdiv(rows.tokens, size) if uniform else rows.blocks(size)
     args = {
         "image_of_tile": image_of_tile,
         "base_tile": base_tile,
@@ -92,7 +93,7 @@ def router_arguments(
         "router_weight": weight,
         "router_bias": bias,
         **routed,
-        "partials": x.new_empty(images, blocks, width, dtype=torch.float32),
+        "partials": x.new_empty(blocks, width, dtype=torch.float32),
         "router_vectors": x.new_empty(images, width + hidden + experts, dtype=torch.float32),
         "batch": batch,
         "images": images,

@@ -7,7 +7,7 @@ from torch import Tensor
 from mixpert_kernels.backends.reference.route_grouped_linear import three_ops
 
 from . import _configs, _launch, _tickets
-from ._operands import cdiv
+from ._operands import Rows, cdiv
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
 from .route import place_counters, route, router_arguments
@@ -62,7 +62,8 @@ def route_grouped_linear(
     blocks = _tickets.output_blocks(x, weights)
     kernel = f"{name}_wgmma" if wgmma else _configs.of_size(name, x.device, blocks)
     args = _tickets.arguments(x, norm_weight, norm_bias, norm_eps, weights, biases, activation)
-    routing, routed = router_arguments(kernel, x, tiles, router, rule)
+    rows = Rows.of(x, None)
+    routing, routed = router_arguments(kernel, x, rows, tiles, router, rule)
     facts, (batch, tokens, _) = _launch.kernels()[kernel].constants, x.shape
     images = routed["scores"].shape[0]
     counters = _tickets.zeros(x, 2 * images + 2 + _tickets.row_blocks(x, facts))
