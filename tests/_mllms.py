@@ -63,7 +63,7 @@ class Kind:
         many: how many a larger one.
         shared: the two numbers for images that share a prompt, where others.
         base: whether an image's ``first`` or ``last`` tile is the whole of it.
-        types: whether the model takes token_type_ids.
+        types: the name of the argument by which the model is told which tokens are of images, if it is.
     """
 
     model: str
@@ -73,7 +73,7 @@ class Kind:
     many: int = 1
     shared: tuple[int, int] | None = None
     base: str = "first"
-    types: bool = False
+    types: str | None = None
 
     @property
     def prompts(self) -> dict[str, Prompts]:
@@ -115,7 +115,7 @@ class Kind:
         ids, mask = torch.tensor(ids), torch.tensor(mask)
         inputs |= {"input_ids": ids, "attention_mask": mask}
         if self.types:
-            inputs["token_type_ids"] = (ids == IMAGE).long()
+            inputs[self.types] = (ids == IMAGE).long() + 2 * (ids == VIDEO).long()
         return inputs
 
 
@@ -168,10 +168,38 @@ def _idefics3(prompts: Prompts, pixels: Tensor) -> Inputs:
     return [[span(n) for n in prompt] for prompt in prompts], {"pixel_values": rows}
 
 
+# Grids of patches (frames, rows, columns) of images of any size; no two neighbours are of one size.
+GRIDS = ((1, 4, 6), (1, 2, 4), (1, 10, 6), (1, 4, 4))
+
+
+def patches(grids: Tensor, pixels: Tensor) -> Tensor:
+    """Packed rows of as many patches as the grids have, made of each one's pixels again and again."""
+    numbers = 3 * 2 * PATCH * PATCH  # two frames a patch
+    rows = grids.prod(-1).tolist()
+    flat = [p.flatten().repeat(n)[: n * numbers] for n, p in zip(rows, pixels, strict=True)]
+    return torch.cat(flat).view(-1, numbers)
+
+
+def _qwen(prompts: Prompts, pixels: Tensor) -> Inputs:
+    grids = torch.tensor([GRIDS[i % len(GRIDS)] for i in range(len(pixels))])
+    left = iter((grids.prod(-1) // 4).tolist())
+    spans = [[[START, *[IMAGE] * next(left), END] for _ in prompt] for prompt in prompts]
+    return spans, {"pixel_values": patches(grids, pixels), "image_grid_thw": grids}
+
+
 _COMMON = {"image_token_id": IMAGE, "tie_word_embeddings": False}
 _LLAVA = {**_COMMON, "vision_config": CLIP, "text_config": LLAMA}
 _PAIR = {**VISION, "image_size": [SIZE] * 2, "patch_size": [PATCH] * 2}
 _IDEFICS3 = {**_COMMON, "scale_factor": 2, "text_config": LLAMA, "pad_token_id": 0}
+_PACKED = {"depth": LAYERS, "num_heads": 2, "patch_size": PATCH}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_QWEN = {
+    **_COMMON,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "text_config": {**TEXT, "rope_parameters": _ROPE},
+}
 
 KINDS: dict[str, Kind] = {
     "llava": Kind(
@@ -212,7 +240,7 @@ KINDS: dict[str, Kind] = {
             "projection_dim": 16,
         },
         _plain(16),
-        types=True,
+        types="token_type_ids",
     ),
     "gemma3": Kind(
         "Gemma3ForConditionalGeneration",
@@ -223,7 +251,7 @@ KINDS: dict[str, Kind] = {
             "mm_tokens_per_image": 4,
         },
         _plain(4),
-        types=True,
+        types="token_type_ids",
     ),
     "internvl": Kind(
         "InternVLForConditionalGeneration",
@@ -250,5 +278,30 @@ KINDS: dict[str, Kind] = {
         _idefics3,
         many=3,
         base="last",
+    ),
+    "qwen2_vl": Kind(
+        "Qwen2VLForConditionalGeneration",
+        {
+            **_QWEN,
+            "vision_config": {**_PACKED, "embed_dim": 16, "hidden_size": 16, "mlp_ratio": 2},
+        },
+        _qwen,
+        types="mm_token_type_ids",
+    ),
+    "qwen2_5_vl": Kind(
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            **_QWEN,
+            "vision_config": {
+                **_PACKED,
+                "hidden_size": 16,
+                "out_hidden_size": 16,
+                "intermediate_size": 24,
+                "window_size": 4 * PATCH,  # no grid of the above is whole windows
+                "fullatt_block_indexes": [1, 3],
+            },
+        },
+        _qwen,
+        types="mm_token_type_ids",
     ),
 }

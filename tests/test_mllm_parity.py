@@ -11,9 +11,11 @@ from _mllms import EXPERTS, KINDS, LAYERS, Kind, Prompts
 from torch import Tensor, nn
 
 from mixpert_kernels.hf.mllm import forced_routing, mixpertize, record_routing, unmixpertize
+from mixpert_kernels.hf.mllm.families import FAMILIES
 from mixpert_kernels.modules.grouped import GroupedLinear
 from mixpert_kernels.testing import randomize_
 
+CALL = ("pixel_values", "image_sizes", "image_grid_thw")  # what get_image_features takes
 families = pytest.mark.parametrize("family", KINDS)
 
 
@@ -42,14 +44,16 @@ def expert_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if hasattr(m, "mixpert_template")]
 
 
-def projected(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """What the projector gives for each tile, (B, T, P)."""
-    owner, outputs = model.base_model, []
-    projector = getattr(owner, "multi_modal_projector", None) or owner.connector
+def projected(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What the projector gives for each tile, (T, P)."""
+    family, outputs = FAMILIES[model.config.model_type], []
+    projector = model.base_model.get_submodule(family.projector)
     handle = projector.register_forward_hook(lambda module, args, output: outputs.append(output))
     model(**inputs)
     handle.remove()
-    return outputs[0]
+    if not family.packed:
+        return list(outputs[0])
+    return list(outputs[0].split((inputs["image_grid_thw"].prod(-1) // 4).tolist()))
 
 
 def by_image(prompts: Prompts) -> list[int]:
@@ -114,7 +118,10 @@ def test_only_the_images_of_a_changed_expert_change(family):
             expert = i % EXPERTS
             kept = parameter[expert].clone()
             parameter[expert] += 0.5
-            changed = (projected(model, inputs) != before).flatten(1).any(1)
+            after = projected(model, inputs)
+            changed = torch.tensor(
+                [bool((a != b).any()) for a, b in zip(after, before, strict=True)]
+            )
             parameter[expert] = kept
             wanted = torch.tensor([int(routes[i]) == expert for i in image])
             assert not (changed & ~wanted).any()
@@ -128,15 +135,15 @@ def test_each_image_has_the_features_of_its_expert_alone(family):
     model, prompts = mixed(kind, distinct=True), kind.prompts["batch"]
     inputs, image = kind.call(prompts), by_image(prompts)
     alone = [unmixpertize(copy.deepcopy(model), expert) for expert in range(EXPERTS)]
-    features = torch.stack([projected(plain, inputs) for plain in alone])
+    features = [projected(plain, inputs) for plain in alone]
     routes = torch.arange(max(image) + 1).flip(0) % EXPERTS
     with forced_routing(model, routes):
         got = projected(model, inputs)
     with record_routing(model) as records:
         routed = projected(model, inputs)
     for tile, i in enumerate(image):
-        assert_close(got[tile], features[routes[i], tile])
-        assert_close(routed[tile], features[records[0].expert[i], tile])
+        assert_close(got[tile], features[routes[i]][tile])
+        assert_close(routed[tile], features[records[0].expert[i]][tile])
 
 
 @families
@@ -173,7 +180,7 @@ def test_every_hidden_state_of_the_tower_can_be_had(family):
     kind = KINDS[family]
     plain, model = kind.build(), mixed(kind)
     inputs = kind.call(kind.prompts["one image"])
-    call = {name: inputs[name] for name in inputs if name in ("pixel_values", "image_sizes")}
+    call = {name: inputs[name] for name in inputs if name in CALL}
     states = []
     for one in (plain, model):
         with forced_routing(model, 1, image_of_tile=[0] * kind.many):

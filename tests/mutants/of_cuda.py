@@ -21,6 +21,8 @@ OUTER = f"{EMULATED}grouped_outer.py -k batch_order"
 SUMS = f"{EMULATED}grouped_linear_backward.py -k sums_take"
 DX = f"{EMULATED}grouped_linear_backward.py -k weights_that_are_read"
 PATH = "tests/test_cuda_path.py -k one_image"
+PACKED = f"{EMULATED}packed.py"
+PACKED_90A = f"{PACKED} -k 'linear_is and wgmma and bfloat16'"
 INPUTS = "tests/test_cuda_inputs.py"
 
 
@@ -77,8 +79,8 @@ MUTANTS: list[Mutant] = [
         "expert-of-the-place",
         "the position in the visiting order is taken for the tile, where the expert is looked up",
         "grouped_linear.cuh",
-        "args.stride_xt, tile, args.expert[tile],",
-        "args.stride_xt, tile, args.expert[place.row / token_blocks],",
+        "args.expert[at.tile]",
+        "args.expert[place.row / ceil_div(args.tokens, Loop::kBlockM)]",
         LINEAR,
     ),
     _kernel(
@@ -160,6 +162,86 @@ MUTANTS: list[Mutant] = [
         "pick(next_, args_.w0, args_.w1, args_.w2)",
         "pick(next_ - 1, args_.w0, args_.w1, args_.w2)",
         DX,
+    ),
+    _kernel(
+        "packed-slot-search",
+        "a tile's first slot is taken for the tile before",
+        "packed.cuh",
+        "if (begin(middle) <= place) low = middle;",
+        "if (begin(middle) < place) low = middle;",
+        PACKED_90A,
+    ),
+    _kernel(
+        "packed-slots-of-tiles-before",
+        "a tile's slots begin where its rows do, without one more for each tile before",
+        "packed.cuh",
+        "/ kSize) + tile;",
+        "/ kSize);",
+        PACKED_90A,
+    ),
+    _kernel(
+        "packed-stores-past-the-tile",
+        "a block writes into the rows of the next tile",
+        "grouped_linear.cuh",
+        "                       rows.tokens - first_row,\n",
+        "                       args.tokens - rows.first - first_row,\n",
+        f"{PACKED} -k 'linear_is and small and float16'",
+    ),
+    _kernel(
+        "packed-dx-past-the-tile",
+        "dX is written into the rows of the next tile",
+        "grouped_linear_backward.cuh",
+        "const int tokens = at.tokens - token,",
+        "const int tokens = args.tokens - at.first - token,",
+        f"{PACKED} -k 'linear_backward and float16'",
+    ),
+    _kernel(
+        "packed-outer-of-neighbours",
+        "a tile's last step adds rows of the next tile",
+        "grouped_outer.cuh",
+        "    left_ = rows.tokens;\n",
+        "    left_ = min(ceil_div(rows.tokens, Loop::kDepth) * Loop::kDepth, args_.tokens - rows.first);\n",
+        f"{PACKED} -k 'linear_backward and float16'",
+    ),
+    _kernel(
+        "packed-sum-of-unwritten",
+        "an expert's sums take a tile's slot that no row is in",
+        "sum_by_expert.cuh",
+        "end = ceil_div(args.cu_seqlens[tile + 1] - first, args.chunk);",
+        "end = args.cu_seqlens[tile + 1] / args.chunk - first / args.chunk + 1;",
+        f"{PACKED} -k more_tiles_than",
+    ),
+    _kernel(
+        "packed-pool-of-neighbours",
+        "a mean takes rows of the next tile",
+        "route.cuh",
+        "const int rows = min(tokens - first_row, kPoolRows);",
+        "const int rows = kPoolRows;",
+        f"{PACKED} -k 'test_route and 64-24'",
+    ),
+    _kernel(
+        "packed-pool-of-none",
+        "nobody arrives for a tile without rows",
+        "route.cuh",
+        "if (at.first_row >= max(at.tokens, 1)) return;",
+        "if (!at.has_rows()) return;",
+        f"{PACKED} -k 'test_route and 64-24'",
+    ),
+    _host(
+        "packed-slots-too-few",
+        "as many slots as if tiles began at whole blocks",
+        "_operands.py",
+        "self.tokens // size + self.batch,",
+        "cdiv(self.tokens, size),",
+        PACKED_90A,
+    ),
+    _host(
+        "packed-in-one-launch",
+        "packed rows reach the launch that draws tickets",
+        "norm_grouped_linear.py",
+        "if packed or not (",
+        "if not (",
+        f"{PACKED} -k gives_way",
     ),
     _host(
         "one-launch-never",

@@ -6,6 +6,7 @@ from mutant import Mutant
 
 TESTS = "tests/compiled/test_cuda_grouped_linear_sm90a.py"
 ODD = f"{TESTS} -k 'odd_sizes and bfloat16'"
+PACKED = "tests/compiled/test_cuda_packed.py"
 RING = f"{TESTS} -k few_thread_blocks"
 
 
@@ -101,9 +102,31 @@ MUTANTS: list[Mutant] = [
     _mutant(
         "swapped-expert",
         "the place in the order is taken for the tile",
-        "args.expert[tile]",
-        "args.expert[place.row / token_blocks]",
+        "args.expert[rows.tile]",
+        "args.expert[place.row / ceil_div(args.tokens, Config::kBlockM)]",
         ODD,
+    ),
+    _mutant(
+        "packed-box",
+        "a block of packed rows is loaded from the start of all rows",
+        "(args.cu_seqlens ? at.rows.first : 0)",
+        "0",
+        f"{PACKED} -k 'linear_is and wgmma and bfloat16'",
+    ),
+    _mutant(
+        "packed-empty-blocks",
+        "slots without rows are multiplied",
+        "if (rows_at(place_of(block)).has_rows() && others-- == 0) break;",
+        "if (others-- == 0) break;",
+        f"{PACKED} -k slots",
+    ),
+    Mutant(
+        "wgmma-packed-stores",
+        "a block writes into the rows of the next tile",
+        "csrc/cuda/grouped_linear_outputs.cuh",
+        "rows.tokens - first_row,",
+        "args.tokens - rows.first - first_row,",
+        f"{PACKED} -k 'linear_is and wgmma and bfloat16'",
     ),
     _of_wrappers(
         "descriptor-stride",
