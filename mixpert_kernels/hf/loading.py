@@ -40,7 +40,7 @@ PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
 _NO_TOWER = {
     "vision": "a {} checkpoint; `mixpert convert` makes a tower of it",
     "mllm": "a {} checkpoint; `mixpert convert --tower` makes a tower of it",
-    "mixpertized": "a mixpertized {}, which has its experts in place",
+    "mixpertized": "a mixpertized {}, which has its experts in place; `mixpert route` and `demo` take it",
 }
 
 
