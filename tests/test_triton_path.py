@@ -236,3 +236,50 @@ def test_the_key_is_one_that_a_batch_could_change(gpu: FakeGpu) -> None:
         marked |= variants(gpu, [launch])
         unmarked |= variants(gpu, [launch], marked=False)
     assert (len(marked), len(unmarked)) == (1, 3)
+
+
+# Packed rows.
+
+NORMED = ["_grouped_layer_norm_kernel", "_grouped_linear_kernel"]
+OF_LINEAR = [
+    "_activation_backward_kernel", "_sum_by_expert_kernel", "_linear_dx_kernel", "_grouped_outer_kernel",
+]  # fmt: skip
+
+
+def packed(gpu: FakeGpu, tiles: int, rows: int) -> list[Launch]:
+    """The launches of a layer of packed rows, forward and backward; which rows are whose, nobody knows."""
+
+    def int32(count: int) -> Tensor:
+        return gpu.empty(count, dtype=torch.int32)
+
+    call, x, cu = torch.ops.mixpert, gpu.empty(rows, 1280), int32(tiles + 1)
+    gain, weight, bias = gpu.empty(4, 1280), gpu.empty(4, 1280, 1280), gpu.empty(4, 1280)
+    router = (gain[0], gain[0], None, None, gpu.empty(4, 1280), gain[0, :4])
+    rule = (1e-5, "score_difference", 0.1, "runner_up")
+    with gpu.running() as launches, torch.no_grad():
+        scores, pooled, *ids = call.route(x, cu, None, None, None, *router, *rule, "auto")
+        ids.append(cu)
+        y, mean, rstd = call.grouped_layer_norm(x, gain, gain, *ids, 1e-6, "auto")
+        z, pre = call.grouped_linear(y, [weight], [bias], *ids, "gelu", x, None, True, "auto")
+        assert z.shape == pre.shape == x.shape and mean.shape == (rows, 1)
+        rest = (pre, *ids, "gelu", None, [True] * 3 + [False], "auto")
+        dx, *_ = call.grouped_linear_backward(z, y, [weight], [bias], *rest)
+        dx, *_ = call.grouped_layer_norm_backward(dx, x, gain, gain, mean, rstd, *ids, "auto")
+        assert dx.shape == x.shape
+        given = (x, cu, None, *router[:5], scores, pooled, 1e-5, True, "auto")
+        assert call.route_backward(scores, pooled, *given)[0].shape == x.shape
+    return [launch for launch in launches if launch.kernel is not None]
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_neither_tiles_nor_rows_add_a_launch_or_a_compiled_variant(arch: int, gpu: FakeGpu) -> None:
+    gpu.arch = arch
+    launches = packed(gpu, 3, 1000)
+    assert [launch.name for launch in launches] == [
+        "_route_kernel", *NORMED, *OF_LINEAR, "_grouped_layer_norm_backward_kernel",
+        *["_sum_by_expert_kernel"] * 2, "_route_image_backward_kernel",
+        "_route_parameters_backward_kernel", "_route_features_backward_kernel",
+    ]  # fmt: skip
+    want = variants(gpu, launches)
+    for tiles, rows in ((1, 1), (1, 4096), (2, 17), (16, 16), (17, 4801), (64, 65536)):
+        assert variants(gpu, packed(gpu, tiles, rows)) == want, (tiles, rows)
