@@ -147,6 +147,39 @@ def test_a_routing_that_is_not_as_kernels_read_it(op: str, field: str, cuda_gpu:
             refused(cuda_gpu, op, good | {"routing": routing._replace(**{field: wrong})}, field)
 
 
+def packed(gpu: FakeCuda, op: str) -> dict[str, Any]:
+    """The good call on packed rows."""
+    good, rows, cu = calls(gpu)[op], B * T, gpu.empty(B + 1, dtype=torch.int32)
+    flat = {n: good[n].flatten(0, 1) for n in ("x", "residual") if n in good}
+    assert flat["x"].shape[0] == rows
+    if "routing" in good:
+        return good | flat | {"routing": good["routing"]._replace(cu_seqlens=cu)}
+    return good | flat | {"cu_seqlens": cu}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_packed_rows_that_are_not_as_kernels_read_them(op: str, cuda_gpu: FakeCuda) -> None:
+    with cuda_gpu._fake:
+        good = packed(cuda_gpu, op)
+    run(cuda_gpu, op, good)
+    cuda_gpu.launches.clear()
+    cu = good["routing"].cu_seqlens if "routing" in good else good["cu_seqlens"]
+
+    def with_bounds(wrong: object) -> dict[str, Any]:
+        if "routing" in good:
+            return good | {"routing": good["routing"]._replace(cu_seqlens=wrong)}
+        return good | {"cu_seqlens": wrong}
+
+    with cuda_gpu._fake:
+        elsewhere = torch.empty_like(cu, device="cuda:1")
+        apart = cu.new_empty(2 * len(cu))[::2]
+        wrongs = (cu.long(), apart, elsewhere, cu[:-1], cu[None], None)
+        tiled = good | {"x": good["x"].unflatten(0, (B, T))}
+    for wrong in wrongs:
+        refused(cuda_gpu, op, with_bounds(wrong), f"cu_seqlens {wrong}")
+    refused(cuda_gpu, op, tiled, "x of tiles beside cu_seqlens")
+
+
 # Layouts: every one is served.
 
 

@@ -7,6 +7,7 @@ the host knows.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from _fake_gpu import ATTENTION, Launch
 from _fake_tower import FUSED, forward, ids, make, segment
 from _towers import WIDTH
 from torch import Tensor
+
+from mixpert_kernels import Routing, ops
 
 OUT = 16  # of the small towers' projector: rows of 12 halves are no multiple of 16 bytes, and are copied first
 
@@ -169,6 +172,79 @@ def test_backward_waits_for_nothing_either(op: str, cuda_gpu: FakeCuda) -> None:
         grads = getattr(torch.ops.mixpert, f"{op}_backward")(*args, "auto")
     assert len([made for made in launches if made.kernel is not None]) <= KERNELS[op], launches
     assert all(grad.device.type == "cuda" for grad in torch.utils._pytree.tree_leaves(grads))
+
+
+# Packed rows: how long the tiles are stands on the device alone, so grids follow from R and B.
+
+
+def packed_calls(gpu: FakeCuda, rows: int, tiles: int) -> dict[str, Callable[[], object]]:
+    """Every op, its backward too; what it launches is in PACKED."""
+    new = gpu.empty
+
+    def int32(count: int) -> Tensor:
+        return new(count, dtype=torch.int32)
+
+    def float32(*shape: int) -> Tensor:
+        return new(*shape, dtype=torch.float32)
+
+    x, cu = new(rows, 64), int32(tiles + 1)
+    routing = Routing(int32(tiles), int32(tiles), int32(5), None, cu)
+    gain, weight, bias = (new(4, 64), new(4, 64)), [new(4, 72, 64)] * 3, [new(4, 72)] * 3
+    two = (new(4, 72, 64), new(4, 72), new(4, 64, 72), new(4, 64))
+    router = ops.RouterWeights(new(64), new(64), None, None, new(4, 64), new(4))
+    images = {"image_of_tile": ids(gpu, tiles), "base_tile": ids(gpu, 1), "cu_seqlens": cu}
+    direct, backward = ops.Strategy("direct"), torch.ops.mixpert
+    wide = new(rows, 216)
+    scored, means = float32(tiles, 4), float32(tiles, 64)
+    return {
+        "grouped_layer_norm": lambda: ops.grouped_layer_norm(x, *gain, routing),
+        "grouped_linear": lambda: ops.grouped_linear(x, weight, bias, routing),
+        "grouped_mlp": lambda: ops.grouped_mlp(x, *two, routing),
+        "norm_grouped_linear": lambda: ops.norm_grouped_linear(x, *gain, weight, bias, routing),
+        "route": lambda: ops.route(x, router, direct, **images),
+        "route_grouped_linear": lambda: ops.route_grouped_linear(
+            x, router, direct, *gain, weight, bias, **images
+        ),
+        "grouped_layer_norm_backward": lambda: backward.grouped_layer_norm_backward(
+            x, x, *gain, *[float32(rows, 1)] * 2, *routing.ids, "auto"
+        ),
+        "grouped_linear_backward": lambda: backward.grouped_linear_backward(
+            wide, x, weight, bias, wide, *routing.ids, "gelu", new(4, 216), [True] * 4, "auto"
+        ),
+        "grouped_mlp_backward": lambda: backward.grouped_mlp_backward(
+            x, x, *two, new(rows, 72), x, *routing.ids, "gelu", new(4, 64), [True] * 6, "auto"
+        ),
+        "route_backward": lambda: backward.route_backward(
+            scored, means, x, cu, None, *router[:5], scored, means, 1e-5, True, "auto"
+        ),
+    }
+
+
+PARTS, SUMS, OUTER = "activation_backward", "sum_by_expert", "grouped_outer"
+DX = "grouped_linear_backward"
+PACKED = {
+    "grouped_layer_norm": ["grouped_layer_norm"],
+    "grouped_linear": [LINEAR],
+    "grouped_mlp": [LINEAR] * 2,
+    "norm_grouped_linear": TWO,
+    "route": ["route"],
+    "route_grouped_linear": ["route", *TWO],
+    "grouped_layer_norm_backward": ["grouped_layer_norm_backward", SUMS],
+    "grouped_linear_backward": [PARTS, SUMS, SUMS, DX, OUTER],
+    "grouped_mlp_backward": [PARTS, SUMS, DX, OUTER, PARTS, SUMS, OUTER, DX],
+    "route_backward": [],
+}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(("rows", "tiles"), [(1, 1), (3, 7), (1000, 5), (46_656, 64)])
+def test_packed_rows_wait_for_nothing(rows: int, tiles: int, arch: int, cuda_gpu: FakeCuda) -> None:
+    cuda_gpu.arch = arch
+    for name, call in packed_calls(cuda_gpu, rows, tiles).items():
+        with cuda_gpu.running() as launches, torch.no_grad():
+            call()
+        made = [one for one in launches if one.kernel is not None]
+        assert [op_of(one.name) for one in made] == PACKED[name], name
 
 
 # A step of training: what grouped_mlp keeps.
