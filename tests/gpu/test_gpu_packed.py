@@ -1,4 +1,4 @@
-"""Packed rows on a GPU: a layer forward and backward against float64, its bits, no waiting, graphs, no compilation."""
+"""Packed rows on a GPU: a tile's numbers are bit for bit those of that tile in a batch of its own; nothing waits."""
 
 from __future__ import annotations
 
