@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from _mllms import KINDS, TEXT, Kind
+from _mllms import KINDS, Kind
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from test_mllm_parity import expert_modules, mixed, projected
-from torch import nn
+from test_mllm_parity import assert_close, expert_modules, mixed, projected
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from mixpert_kernels.hf.mllm import forced_routing, lora_config, record_routing, unmixpertize
@@ -20,7 +20,9 @@ from mixpert_kernels.hf.mllm import forced_routing, lora_config, record_routing,
 bitsandbytes = pytest.importorskip("bitsandbytes")
 families = pytest.mark.parametrize("family", KINDS)
 # Layers wide enough for bitsandbytes' 4-bit kernel on a CPU.
-WIDE = {**TEXT, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+WIDTH = 64
+WIDE = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "head_dim": 8}
+WIDE |= {"num_attention_heads": 8, "num_key_value_heads": 4}
 BITS = {
     8: {"load_in_8bit": True},
     4: {
@@ -39,13 +41,22 @@ def inference() -> Iterator[None]:
         yield
 
 
-def build(kind: Kind, **options: Any) -> nn.Module:
-    text = {**kind.config["text_config"], **WIDE}
-    vision = dict(kind.config["vision_config"])
-    if "projection_dim" in vision:
-        vision["projection_dim"] = WIDE["hidden_size"]
-        options["projection_dim"] = WIDE["hidden_size"]
-    return kind.build(text_config=text, vision_config=vision, **options)
+def build(kind: Kind) -> nn.Module:
+    """With a projector as wide as the language model, whatever its width is called."""
+    vision, fields = dict(kind.config["vision_config"]), {}
+    for name in {"projection_dim", "out_hidden_size"} & vision.keys():
+        vision[name] = WIDTH
+    if "embed_dim" in vision:
+        vision["hidden_size"] = WIDTH
+    if "projection_dim" in kind.config:
+        fields["projection_dim"] = WIDTH
+    return kind.build(
+        text_config={**kind.config["text_config"], **WIDE}, vision_config=vision, **fields
+    )
+
+
+def features(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return torch.cat(list(projected(model, inputs)))
 
 
 def load(folder: Path, **options: Any) -> nn.Module:
@@ -77,7 +88,7 @@ def test_the_language_model_is_quantised_and_the_vision_side_is_not(family, bits
     assert quantised(small, bits) == linears(model)
     for expert in (None, 1):
         with forced_routing(model, expert), forced_routing(small, expert):
-            assert torch.equal(projected(small, inputs), projected(model, inputs))
+            assert torch.equal(features(small, inputs), features(model, inputs))
     with record_routing(model) as wanted, record_routing(small) as records:
         logits, close = model(**inputs).logits, small(**inputs).logits
     assert torch.equal(records[0].scores, wanted[0].scores)
@@ -92,7 +103,7 @@ def test_the_language_model_is_quantised_and_the_vision_side_is_not(family, bits
     small.save_pretrained(tmp_path / "small")
     again = load(tmp_path / "small")
     assert quantised(again, bits) == quantised(small, bits)
-    assert torch.equal(projected(again, inputs), projected(model, inputs))
+    assert torch.equal(features(again, inputs), features(model, inputs))
     assert torch.equal(again(**inputs).logits, close)
 
 
@@ -115,10 +126,10 @@ def test_an_expert_is_taken_out_of_a_quantised_model(bits, tmp_path):
     model.save_pretrained(tmp_path)
     small = load(tmp_path, quantization_config=BitsAndBytesConfig(**BITS[bits]))
     with forced_routing(small, 2):
-        wanted = projected(small, inputs)
+        wanted = features(small, inputs)
     plain = unmixpertize(small, 2)
     assert not expert_modules(plain) and quantised(plain, bits)
-    assert torch.allclose(projected(plain, inputs), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(features(plain, inputs), wanted, rtol=1e-5, atol=1e-5)
 
 
 @bits
@@ -128,7 +139,7 @@ def test_lora_on_a_quantised_language_model(bits, tmp_path):
     model.save_pretrained(tmp_path)
     small = load(tmp_path, quantization_config=BitsAndBytesConfig(**BITS[bits]))
     with forced_routing(small, 1):
-        wanted = projected(small, inputs)
+        wanted = features(small, inputs)
     tuned = get_peft_model(small, lora_config(small, r=2, modules_to_save=["mixpert_router"]))
     found = {n for n, m in small.named_modules() if isinstance(m, LoraLayer)}
     assert found == linears(load(tmp_path))
@@ -142,4 +153,24 @@ def test_lora_on_a_quantised_language_model(bits, tmp_path):
     assert moved and all(".lora_B." in n or "mixpert_router.modules_to_save" in n for n in moved)
     assert any("mixpert_router" in name for name in moved)
     with forced_routing(tuned, 1):
-        assert torch.equal(projected(small, inputs), wanted)
+        assert torch.equal(features(small, inputs), wanted)
+
+
+@bits
+def test_a_quantised_model_is_given_experts_where_its_vision_side_is_whole(bits, tmp_path):
+    kind = KINDS["llava_onevision"]
+    build(kind).save_pretrained(tmp_path)
+    inputs = kind.call([[3], [5]])
+    skip = ["lm_head", r".*\.vision_tower", r".*\.multi_modal_projector"]
+    whole = BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=skip)
+    plain, model = (load(tmp_path, quantization_config=whole) for _ in range(2))
+    mixed(kind, False, model)
+    assert quantised(model, bits) == quantised(plain, bits) == linears(load(tmp_path))
+    assert_close(features(model, inputs), features(plain, inputs))
+    with record_routing(model) as records:
+        assert model(**inputs).logits.isfinite().all()
+    assert len(records) == 1
+    every = load(tmp_path, quantization_config=BitsAndBytesConfig(**BITS[bits]))
+    with pytest.raises(ValueError, match=f"not quantised, got a {LEAF[bits]}: llm_int8_skip"):
+        mixed(kind, False, every)
+    assert not hasattr(every.config, "mixpert")

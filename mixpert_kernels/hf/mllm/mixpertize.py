@@ -74,7 +74,7 @@ def build(model: PreTrainedModel, settings: Settings) -> None:
     every = list(blocks_of(tower, family))
     layers = feature_layers(owner.config, family, len(every))
     settings.check(layers)
-    _refuse_hooks(CALL, model)
+    _check_vision_side(CALL, model)
     experts = every[layers - settings.expert_layers : layers]
     swaps = [(block, blocks.ExpertLayer) for block in experts]
     swaps.append((projector, blocks.ExpertProjector))
@@ -117,7 +117,7 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     if not isinstance(model, PreTrainedModel):
         kind = type(model).__name__
         raise ValueError(f"unmixpertize: model must be taken out of its {kind} first, got {kind}")
-    _refuse_hooks("unmixpertize", model)
+    _check_vision_side("unmixpertize", model)
     names = settings.expert_names or []
     number = names.index(expert) if expert in names else expert
     if type(number) is not int or not 0 <= number < settings.num_experts:
@@ -138,8 +138,8 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
     return model
 
 
-def _refuse_hooks(caller: str, model: nn.Module) -> None:
-    """A forward of the module's own, such as accelerate's hooks leave, is a method of the class that it had before."""
+def _check_vision_side(caller: str, model: nn.Module) -> None:
+    """Raise ValueError where quantised, or hooked: hooks hold methods of the classes that modules had before."""
     family, owner = mllm_of(model.config), model.base_model
     sides = [owner.get_submodule(path) for path in (family.tower, family.projector)]
     for module in (model, owner, *(m for side in sides for m in side.modules())):
@@ -147,6 +147,11 @@ def _refuse_hooks(caller: str, model: nn.Module) -> None:
             raise ValueError(
                 f"{caller}: model must not be dispatched to devices or hooked by accelerate, got a hooked "
                 f"{type(module).__name__}: load it without device_map, and dispatch it afterwards"
+            )
+        if any(not p.is_floating_point() for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{caller}: model must have a vision side that is not quantised, got a {type(module).__name__}: "
+                f"llm_int8_skip_modules=['lm_head', '.*{family.tower}', '.*{family.projector}'] spares it"
             )
 
 
