@@ -88,14 +88,43 @@ def _idefics3(owner: nn.Module, arguments: Arguments, x: Tensor) -> Images:
     return from_last_runs(_prompt(owner), owner.config.image_token_id, len(x), tokens)
 
 
+# Of what is called with packed rows: the argument that says whose they are. The last is the tower's own.
+GRIDS = {
+    "pixel_values": "image_grid_thw",
+    "pixel_values_videos": "video_grid_thw",
+    "hidden_states": "grid_thw",
+}
+
+
 def _grids(owner: nn.Module, arguments: Arguments, x: Tensor) -> Images:
     """One tile for each image, and for each video: its frames share a route (Qwen2-VL, Qwen2.5-VL)."""
-    names = (
-        "image_grid_thw",
-        "video_grid_thw",
-        "grid_thw",
-    )  # the last: of the tower called by itself
-    return from_grids(next(arguments[name] for name in names if name in arguments).to(x.device))
+    grids = next(arguments[name] for name in GRIDS.values() if name in arguments)
+    return from_grids(grids.to(x.device))
+
+
+def check_packed(arguments: Arguments) -> None:
+    """Raise ValueError unless the packed rows of a call are those of its grids, whose values are read on a CPU alone.
+
+    Before the tower, which would fail at it in words of its own.
+    """
+    for name, of in GRIDS.items():
+        if name not in arguments:
+            continue
+        rows, grids = arguments[name], arguments.get(of)
+        if not isinstance(grids, Tensor) or grids.shape[1:] != (3,) or grids.is_floating_point():
+            got = (
+                f"{tuple(grids.shape)}, {grids.dtype}" if isinstance(grids, Tensor) else str(grids)
+            )
+            raise ValueError(
+                f"mixpertize: {of} must be (B, 3) integers, frames, rows and columns of patches, got {got}"
+            )
+        if grids.device.type != "cpu" or torch.compiler.is_compiling():
+            continue
+        patches = int(grids.prod(-1).sum())
+        if patches != len(rows):
+            raise ValueError(
+                f"mixpertize: {of} must have as many patches as {name} has rows, {len(rows)}, got {patches}"
+            )
 
 
 def _prompt(owner: nn.Module) -> Tensor:

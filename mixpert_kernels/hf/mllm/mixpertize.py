@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from mixpert_kernels.modules import Router
 
 from . import blocks, log, scope, shim
-from .families import Mllm, blocks_of, feature_layers, mllm_of, to_host
+from .families import Mllm, blocks_of, check_packed, feature_layers, mllm_of, to_host
 from .settings import CALL, Settings
 
 
@@ -190,6 +190,8 @@ def _tower_class(plain: type, family: Mllm) -> type:
             if scope.is_open():
                 return plain.forward(self, *args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
+            if family.packed:
+                check_packed(given)
             alone = scope.Scope(self.mixpert_owner[0], "image", find, given, "first")
             with scope.pushed("scopes", alone):
                 return plain.forward(self, *args, **kwargs)
@@ -228,6 +230,8 @@ def _in_scope(features: Callable, modality: str, family: Mllm) -> Callable:
         args = tuple(once(name, value) for name, value in zip(names, args, strict=False))
         kwargs = {name: once(name, value) for name, value in kwargs.items()}
         given = dict(zip(names, args, strict=False)) | kwargs
+        if family.packed:
+            check_packed(given)
 
         opened = scope.Scope(self, modality, find, given, family.base)
         if family.host and given.keys() >= needed:  # a compiled tower could not read them
