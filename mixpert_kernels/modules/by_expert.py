@@ -11,11 +11,13 @@ from mixpert_kernels.routing import Routing
 
 
 def by_expert(run: Callable[[Tensor, Routing], Tensor], x: Tensor, routing: Routing) -> Tensor:
-    """Return ``run(x, routing)`` of tiles (B, T, ...), on a CPU with the tiles sorted by expert meanwhile.
+    """Return ``run(x, routing)``, on a CPU with tiles (B, T, ...) sorted by expert meanwhile.
 
     The CPU backend makes one product of neighbours that share an expert. A GPU visits tiles expert by expert anyway.
+    Packed rows stay as they are.
     """
-    if x.device.type != "cpu" or routing.num_experts == 1 or torch.compiler.is_compiling():
+    in_place = routing.num_experts == 1 or routing.cu_seqlens is not None
+    if in_place or x.device.type != "cpu" or torch.compiler.is_compiling():
         return run(x, routing)
     if torch.equal(routing.expert, routing.expert.sort().values):
         return run(x, routing)

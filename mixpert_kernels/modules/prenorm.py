@@ -226,6 +226,7 @@ PLANS: dict[str, tuple[PreNormPlan, ...]] = {
             "attention",
             "q_proj k_proj v_proj projection_layer",
             "layernorm_before layernorm_after",
+            heads="num_heads",
             scale1="lambda_1",
             scale2="lambda_2",
         ),

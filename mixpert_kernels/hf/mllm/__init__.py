@@ -1,5 +1,6 @@
 """Experts inside transformers' vision-language models."""
 
+from .cost import AddedCost, added_cost
 from .features import router_features
 from .lora import lora_config
 from .mixpertize import mixpertize, unmixpertize
@@ -8,7 +9,9 @@ from .routes import forced_routing, record_routing
 from .saving import register
 
 __all__ = [
+    "AddedCost",
     "ExpertSharesCallback",
+    "added_cost",
     "expert_shares",
     "forced_routing",
     "lora_config",
