@@ -144,16 +144,24 @@ def test_routes_are_seen_and_forced_through_peft(family, task):
     assert set(forced.router[0].expert.tolist()) == {2} and len(records) == 3
 
 
-def test_the_router_and_the_projector_train_beside_the_adapter(tmp_path):
-    kind = KINDS["llava_onevision"]
+@pytest.mark.parametrize(
+    "family, projector",
+    [
+        ("llava_onevision", "multi_modal_projector"),
+        ("idefics3", "connector"),
+        ("qwen2_vl", "merger"),
+    ],
+)
+def test_the_router_and_the_projector_train_beside_the_adapter(family, projector, tmp_path):
+    kind = KINDS[family]
     model, inputs = mixed(kind, distinct=True), batch(kind)
     start = copy.deepcopy(model)
-    tuned = tuned_of(model, modules_to_save=["mixpert_router", "multi_modal_projector"]).train()
+    tuned = tuned_of(model, modules_to_save=["mixpert_router", projector]).train()
     before = state_of(tuned)
     trained = [n for n, p in tuned.named_parameters() if p.requires_grad and ".lora_" not in n]
     assert {n.split(".modules_to_save.")[0].rpartition(".")[2] for n in trained} == {
         "mixpert_router",
-        "multi_modal_projector",
+        projector,
     }
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.1)
     with forced_routing(tuned, [0, 2, 0, 0]), record_routing(tuned) as records:
@@ -162,7 +170,7 @@ def test_the_router_and_the_projector_train_beside_the_adapter(tmp_path):
     optimizer.step()
     moved = {n for n, p in state_of(tuned).items() if not torch.equal(p, before[n])}
     assert {n for n in moved if ".lora_" not in n} == set(trained)
-    weight = next(p for n, p in tuned.named_parameters() if n in trained and "linear_1.weight" in n)
+    weight = next(p for n, p in tuned.named_parameters() if n in trained and p.ndim == 3)
     assert weight.grad.abs().amax((1, 2)).bool().tolist() == [True, False, True]
 
     tuned.save_pretrained(tmp_path)
