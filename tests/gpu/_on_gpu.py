@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import _towers
@@ -11,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mixpert_kernels import FusedMixpertTower, Routing, backends
+from mixpert_kernels.backends import triton
 
 BACKENDS = ("triton", "cuda")
 DEVICE = torch.device("cuda")
@@ -76,3 +79,14 @@ def segment_inputs(made: FusedMixpertTower, batch: int, seed: int = 0) -> Tensor
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 729, _towers.WIDTH, generator=generator)
     return x.to(DEVICE, made.dtype)
+
+
+def compiled_variants() -> int:
+    """How many kernels Triton has compiled or loaded, by its own caches."""
+    from triton.runtime.jit import JITFunction
+
+    kernels = set()
+    for found in pkgutil.iter_modules(triton.__path__):
+        module = importlib.import_module(f"{triton.__name__}.{found.name}")
+        kernels |= {k for k in vars(module).values() if isinstance(k, JITFunction)}
+    return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import random
 
 import pytest
@@ -12,6 +10,7 @@ from _on_gpu import (
     DEVICE,
     EXPERTS,
     backend,
+    compiled_variants,
     every_dtype,
     ids,
     no_sync,
@@ -24,7 +23,6 @@ from _on_gpu import (
 )
 from _towers import assert_close
 
-from mixpert_kernels.backends import triton
 from mixpert_kernels.hf import MixpertOutput
 
 __all__ = ["backend", "no_sync", "only", "pinned"]  # fixtures
@@ -115,17 +113,6 @@ def test_tiles_follow_the_route_of_their_images_base_tile(pinned) -> None:
 
 
 # Compiled variants.
-
-
-def compiled_variants() -> int:
-    """How many kernels Triton has compiled or loaded, by its own caches."""
-    from triton.runtime.jit import JITFunction
-
-    kernels = set()
-    for found in pkgutil.iter_modules(triton.__path__):
-        module = importlib.import_module(f"{triton.__name__}.{found.name}")
-        kernels |= {k for k in vars(module).values() if isinstance(k, JITFunction)}
-    return sum(len(caches[0]) for k in kernels for caches in k.device_caches.values())
 
 
 @torch.no_grad()
