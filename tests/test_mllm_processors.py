@@ -85,6 +85,17 @@ def smolvlm() -> Any:
     return transformers.SmolVLMProcessor(images, tokenizer(IDEFICS3), videos, image_seq_len=4)
 
 
+def qwen(family: str) -> Any:
+    pytest.importorskip("torchvision")
+    size = {"shortest_edge": 8 * PATCH**2, "longest_edge": 60 * PATCH**2}
+    options = {"size": size, "patch_size": PATCH}
+    images = transformers.Qwen2VLImageProcessorPil(**options)
+    videos = transformers.Qwen2VLVideoProcessor(**options, do_sample_frames=False)
+    names = {"image_token": "<image>", "video_token": "<video>"}
+    whole = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}[family]
+    return getattr(transformers, whole)(images, tokenizer([], **names), videos)
+
+
 def halves(height: int, width: int) -> Image.Image:
     picture = Image.new("RGB", (width, height))
     wide = width > height
@@ -136,3 +147,41 @@ def test_the_tiles_that_a_processor_makes(make, monkeypatch):
             base = record.images.base_tile[: len(counts)].tolist()
             spread = tiles.flatten(1).std(1)
             assert [bool(s > 0.5) for s in spread] == [i in base for i in range(len(tiles))]
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@torch.no_grad()
+def test_images_and_videos_of_any_size(family):
+    """Each is one tile, of as many rows as the processor makes patches, and routed as it would be by itself."""
+    kind, processor = KINDS[family], qwen(family)
+    names = {"image_token_id": "<image>", "video_token_id": "<video>"}
+    ids = {n: processor.tokenizer.convert_tokens_to_ids(token) for n, token in names.items()}
+    plain, model = kind.build(**ids), mixed(kind, model=kind.build(**ids))
+    images = [halves(24, 40), halves(64, 12), halves(16, 16)]
+    videos = [torch.randint(0, 256, (frames, 3, 24, 16), dtype=torch.uint8) for frames in (6, 4)]
+
+    def call(text: list[str], **seen: Any) -> list:
+        inputs = processor(text=text, padding=True, return_tensors="pt", **seen)
+        with record_routing(model) as records:
+            assert_close(model(**inputs).logits, plain(**inputs).logits)
+            got = model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        wanted = plain.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert torch.equal(got, wanted)
+        for record in records:
+            grids = inputs[f"{record.modality}_grid_thw"]
+            ends = grids.prod(-1).cumsum(0).tolist()
+            assert record.routing.cu_seqlens.tolist() == [0, *ends]
+        return records
+
+    text = ["look <image> then <video> then <image>", "look", "<image> <video>"]
+    image, video, *again = call(text, images=images, videos=videos)
+    assert [record.modality for record in (image, video)] == ["image", "video"]
+    assert [record.modality for record in again] == ["image", "video"]
+    assert video.routing.cu_seqlens.tolist() == [0, 72, 120]  # 3 and 2 pairs of frames
+    for together, token, name, each in (
+        (image, "<image>", "images", images),
+        (video, "<video>", "videos", videos),
+    ):
+        for i, one in enumerate(each):
+            alone = call([token], **{name: [one]})[0]
+            torch.testing.assert_close(alone.scores[0], together.scores[i])
