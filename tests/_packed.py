@@ -42,6 +42,12 @@ all_ops = pytest.mark.parametrize("op", OPS)
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
+def resized(k, h, n):
+    """SHAPES with other widths."""
+    sizes = {K: k, H: h, N: n}
+    return {name: tuple(sizes.get(size, size) for size in s) for name, s in SHAPES.items()}
+
+
 def bounds(lengths):
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 

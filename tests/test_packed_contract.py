@@ -11,17 +11,14 @@ from _packed import (
     LENGTHS,
     ROUTED,
     ROUTING,
-    SHAPES,
     E,
-    H,
-    K,
-    N,
     all_backends,
     all_ops,
     bounds,
     call,
     everything,
     problem,
+    resized,
     skip_unless_it_runs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -41,7 +38,7 @@ def runs_here(request):
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
 def test_gradcheck(op):
     lengths = (2, 1, 3) if op in ROUTING else (2, 0, 1, 3)
-    small = {n: tuple({K: 4, H: 3, N: 2}.get(size, size) for size in s) for n, s in SHAPES.items()}
+    small = resized(4, 3, 2)
     p = {n: t.requires_grad_() for n, t in problem(op, lengths, sizes=small).items()}
 
     def function(*tensors):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixpert_kernels import Routing
-from mixpert_kernels.modules import expertize
+from mixpert_kernels.modules import PreNormPlan, expertize
 from mixpert_kernels.modules.binding import bind
+from mixpert_kernels.modules.grouped import by_row
 from mixpert_kernels.testing import assert_as_accurate, randomize_
 
 D, E, MERGED = 6, 4, 4
@@ -125,6 +126,12 @@ def test_rows_may_stand_behind_a_dimension_of_one():
     assert torch.equal(y[0], experts(x, route()))
 
 
+def test_the_gradient_of_a_vector_is_summed_in_float32():
+    table = torch.ones(E, D, dtype=torch.bfloat16, requires_grad=True)
+    by_row(table, route((3000, 0, 10, 5)), 3015).sum().backward()
+    assert table.grad[:, 0].tolist() == [10, 0, torch.tensor(3005.0).bfloat16(), 0]
+
+
 def test_compiles_as_one_graph_for_any_rows_and_tiles():
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -141,6 +148,14 @@ def test_compiles_as_one_graph_for_any_rows_and_tiles():
         torch.testing.assert_close(y, wanted)
         y.sum().backward()
     assert graphs.frame_count <= 2, "once for fixed sizes, once for all others"
+
+
+def test_a_plan_whose_attention_is_of_tiles_steps_aside(monkeypatch):
+    experts, x = experts_of("heads"), rows()
+    wanted = experts(x, route())
+    monkeypatch.setattr(PreNormPlan, "serves", lambda *_: True)
+    monkeypatch.setattr(experts, "plan", PreNormPlan(*"abcdefghij"))
+    assert torch.equal(experts(x, route()), wanted)
 
 
 def test_resized_boundaries():
