@@ -38,8 +38,8 @@ def mixpertize(
     ``mixpert_router`` is new. Until the experts are trained, every route gives what the model gave.
 
     Args:
-        model: LLaVA-1.5, VipLLaVA, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, InternVL, Idefics3, SmolVLM, Qwen2-VL
-            or Qwen2.5-VL, as ``...ForConditionalGeneration`` or the model below it.
+        model: LLaVA-1.5, VipLLaVA, LLaVA-NeXT, LLaVA-OneVision, PaliGemma, Gemma 3, InternVL, Idefics3, SmolVLM,
+            Qwen2-VL or Qwen2.5-VL, as ``...ForConditionalGeneration`` or the model below it.
         num_experts: E. Expert 0 is the versatile one.
         expert_layers: n, how many of the last blocks that feed the feature are cloned.
         routing: ``direct``, ``score_threshold`` or ``score_difference``.
