@@ -141,5 +141,5 @@ def everything(op, function, p, dtype=None, dys=None):
 
 
 def skip_unless_it_runs(op, backend, dtype=torch.float32):
-    if reason := why_not(op, backend, device="cpu", dtype=dtype, packed=True):
+    if reason := why_not(op, backend, device="cpu", dtype=dtype):
         pytest.skip(f"{backend}: {reason}")

@@ -23,8 +23,7 @@ from _packed import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mixpert_kernels import Routing, backends
-from mixpert_kernels.backends import why_not
+from mixpert_kernels import Routing
 
 
 @pytest.fixture(autouse=True)
@@ -190,15 +189,3 @@ def test_features_that_do_not_fit_the_boundaries_are_named(op):
             call(op, p | {"residual": p["residual"][None]})
         shape = tuple(p["residual"].shape)
         assert str(error.value) == f"{op}: residual must have shape {shape}, got {(1, *shape)}"
-
-
-def test_a_backend_without_packed_rows_is_not_chosen(monkeypatch):
-    monkeypatch.setattr(backends, "UNIFORM_ONLY", {"cpu": ("grouped_linear",)})
-    place = {"device": "cpu", "dtype": torch.float32}
-    assert why_not("grouped_linear", "cpu", **place) is None
-    reason = why_not("grouped_linear", "cpu", **place, packed=True)
-    assert reason == "has no grouped_linear of packed rows yet"
-    picked = backends.pick("grouped_linear", "auto", **place, packed=True)
-    assert ".cpu." not in picked.__name__
-    with pytest.raises(RuntimeError, match="cpu: has no grouped_linear of packed rows yet"):
-        call("grouped_linear", problem("grouped_linear", dtype=torch.float32), backend="cpu")

@@ -15,7 +15,6 @@ from types import ModuleType
 import torch
 
 from . import choice
-from .uniform import UNIFORM_ONLY
 
 # The order in which those come of which choice.py knows nothing better. `cpu` ran the expert segment of the reference
 # geometry in less time than the plain transformers layers (README, benchmarks/bench_expert_segment.py). `triton` and
@@ -24,21 +23,12 @@ from .uniform import UNIFORM_ONLY
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 
 
-def why_not(
-    op: str,
-    backend: str,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype,
-    packed: bool = False,
-) -> str | None:
-    """Return why ``backend`` cannot run ``op`` on ``device`` in ``dtype``, on packed rows or not; None if it can."""
+def why_not(op: str, backend: str, *, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """Return why ``backend`` cannot run ``op`` on ``device`` in ``dtype``; None if it can."""
     if backend not in BACKENDS:
         return f"unknown backend; there are {', '.join(BACKENDS)}"
     if not _implements(backend, op):
         return f"has no {op}"
-    if packed and op in UNIFORM_ONLY.get(backend, ()):
-        return f"has no {op} of packed rows yet"
     return _module(backend).why_not(op, torch.device(device), dtype)
 
 
@@ -49,7 +39,6 @@ def pick(
     device: torch.device | str,
     dtype: torch.dtype,
     widths: tuple[int, ...] = (),
-    packed: bool = False,
 ) -> ModuleType:
     """Return the module that implements ``op``.
 
@@ -60,7 +49,6 @@ def pick(
         dtype: of the features.
         widths: of the layer, which a measurement is of. No number of tiles or tokens: a tile's result must not depend
             on the batch it is in.
-        packed: whether the features are packed rows.
 
     Raises:
         RuntimeError: no backend, or not the named one, can run the call; one line a backend with its reason.
@@ -71,7 +59,7 @@ def pick(
         if automatic and name == "triton" and torch.device(device).type == "cpu":
             reasons.append(f"  {name}: is interpreted on a CPU only where it is named")
             continue
-        reason = why_not(op, name, device=device, dtype=dtype, packed=packed)
+        reason = why_not(op, name, device=device, dtype=dtype)
         if reason is None:
             return _module(f"{name}.{op}")
         reasons.append(f"  {name}: {reason}")

@@ -76,8 +76,7 @@ def grouped_layer_norm(
 
 
 def _pick(backend, x):
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    return pick("grouped_layer_norm", backend, widths=x.shape[-1:], **place)
+    return pick("grouped_layer_norm", backend, widths=x.shape[-1:], device=x.device, dtype=x.dtype)
 
 
 def _run(x, weight, bias, expert, order, offsets, cu_seqlens, eps, backend):
@@ -94,7 +93,7 @@ def _statistics_dtype(x, backend):
     """PyTorch keeps half-precision rows' statistics in their own dtype on a CPU; on a GPU, and in Triton, float32."""
     if x.device.type != "cpu" and x.dtype != torch.float64:
         return torch.float32
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
+    place = {"device": x.device, "dtype": x.dtype}
     chosen = pick("grouped_layer_norm", backend, **place)  # widths may be symbols
     return torch.float32 if ".triton." in chosen.__name__ else x.dtype
 

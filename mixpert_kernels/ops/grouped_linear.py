@@ -132,8 +132,7 @@ def check_weights(op, weights, biases, activation, x) -> tuple[int, int]:
 
 def _pick(backend, x, weights):
     widths = (x.shape[-1], sum(w.shape[1] for w in weights))
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    return pick("grouped_linear", backend, widths=widths, **place)
+    return pick("grouped_linear", backend, widths=widths, device=x.device, dtype=x.dtype)
 
 
 def _run(x, weights, *rest):

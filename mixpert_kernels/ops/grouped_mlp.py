@@ -119,8 +119,7 @@ def _check(x, weight1, bias1, weight2, bias2, routing, activation, residual, sca
 
 def _pick(backend, x, weight1, weight2):
     widths = (x.shape[-1], weight1.shape[1], weight2.shape[1])
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    return pick("grouped_mlp", backend, widths=widths, **place)
+    return pick("grouped_mlp", backend, widths=widths, device=x.device, dtype=x.dtype)
 
 
 def _run(x, weight1, bias1, weight2, *rest):

@@ -124,8 +124,7 @@ def check_norm(op, x, gain, offset, eps, experts) -> None:
 def _run(x, norm_weight, norm_bias, norm_eps, weights, *rest):
     *rest, backend = rest
     widths = (x.shape[-1], sum(w.shape[1] for w in weights))
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    chosen = pick("norm_grouped_linear", backend, widths=widths, **place)
+    chosen = pick("norm_grouped_linear", backend, widths=widths, device=x.device, dtype=x.dtype)
     return chosen.norm_grouped_linear(x, norm_weight, norm_bias, norm_eps, weights, *rest)
 
 

@@ -178,8 +178,8 @@ def check_router(x, weights, cu_seqlens, image_of_tile, base_tile, expert) -> No
 
 def _pick(backend, x, hidden_weight, weight):
     hidden = () if hidden_weight is None else hidden_weight.shape[:1]
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    return pick("route", backend, widths=(x.shape[-1], *hidden, weight.shape[0]), **place)
+    widths = (x.shape[-1], *hidden, weight.shape[0])
+    return pick("route", backend, widths=widths, device=x.device, dtype=x.dtype)
 
 
 def _run(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):

@@ -158,8 +158,7 @@ def _check_layer(x, cu_seqlens, router, gain, offset, eps, weights, biases, acti
 def _run(x, cu_seqlens, image_of_tile, base_tile, expert, *rest):
     *rest, backend = rest
     widths = (x.shape[-1], sum(w.shape[1] for w in rest[13]))
-    place = {"device": x.device, "dtype": x.dtype, "packed": x.ndim == 2}
-    chosen = pick("route_grouped_linear", backend, widths=widths, **place)
+    chosen = pick("route_grouped_linear", backend, widths=widths, device=x.device, dtype=x.dtype)
     return chosen.route_grouped_linear(x, cu_seqlens, image_of_tile, base_tile, expert, *rest)
 
 
