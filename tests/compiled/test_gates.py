@@ -86,6 +86,23 @@ def test_machine_code(chip, every_config, part):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("every_config", [False, pytest.param(True, marks=full)])
+@pytest.mark.parametrize(
+    "chip", [*ALWAYS, *(pytest.param(name, marks=full) for name in ("sm_86", "sm_89", "gfx942"))]
+)
+def test_machine_code_for_packed_rows(chip, every_config, part):
+    """The same gates; docs/kernels.json has no rows of these."""
+    on = _catalogue.CHIPS[chip]
+    launches = _catalogue.packed_launches(on, every_config)[part::PARTS]
+    found = []
+    for launch in launches:
+        row = _costs.row(launch, on)
+        texts = [t for t in problems(row, launch, on) if JUDGES_SPILLS or not t.startswith(SPILLS)]
+        found += [f"{key(row)}: {text}" for text in texts]
+    assert not found, "\n".join(found)
+
+
 def test_the_snapshot_is_of_these_kernels():
     """Every row that this Triton makes by default is in docs/kernels.json, and nothing else is."""
     if not SNAPSHOT.exists():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import of_cuda
+import of_packed
 import of_training
 import of_triton
 import of_wgmma
 
-MUTANTS = of_triton.MUTANTS + of_training.MUTANTS + of_cuda.MUTANTS + of_wgmma.MUTANTS
+MUTANTS = (
+    of_triton.MUTANTS + of_packed.MUTANTS + of_training.MUTANTS + of_cuda.MUTANTS + of_wgmma.MUTANTS
+)

@@ -76,6 +76,10 @@ class Geometry:
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
 
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return None
+
     def tokens(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
         return self.new(self.B, self.T, width, dtype=dtype)
 
@@ -88,13 +92,30 @@ class Geometry:
     def ids(self) -> tuple[Tensor | None, ...]:
         """expert, order, offsets, cu_seqlens."""
         sizes = (self.B, self.B, self.E + 1)
-        return *(self.new(n, dtype=torch.int32) for n in sizes), None
+        return *(self.new(n, dtype=torch.int32) for n in sizes), self.cu_seqlens
 
     def router(self, hidden: int) -> list[Tensor | None]:
         last = hidden or self.D
         norm = [self.new(self.D), self.new(self.D)]
         inner = [self.new(hidden, self.D), self.new(hidden)] if hidden else [None, None]
         return [*norm, *inner, self.new(self.E, last), self.new(self.E)]
+
+
+@dataclass
+class PackedGeometry(Geometry):
+    """Packed rows of a tower that takes images of any size: about Qwen2.5-VL's, T rows an image on average."""
+
+    T: int = 1021
+    D: int = 1280
+    # Its own 3420 is no multiple of 16: such a layer loads number by number and spills, of packed rows or not.
+    I: int = 3424  # noqa: E741
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return self.new(self.B + 1, dtype=torch.int32)
+
+    def tokens(self, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.new(self.B * self.T, width, dtype=dtype)
 
 
 def _linear(
@@ -157,7 +178,7 @@ def _route(g: Geometry, hidden: int):
     from .route import route
 
     rule = (1e-6, "score_difference", 0.1, "runner_up")
-    route(g.tokens(g.D), None, None, None, None, *g.router(hidden), *rule)
+    route(g.tokens(g.D), g.cu_seqlens, None, None, None, *g.router(hidden), *rule)
 
 
 def _route_backward(g: Geometry, hidden: int):
@@ -165,7 +186,8 @@ def _route_backward(g: Geometry, hidden: int):
 
     scores, pooled = (g.new(g.B, n, dtype=torch.float32) for n in (g.E, g.D))
     router = g.router(hidden)[:5]
-    route_backward(scores, pooled, g.tokens(g.D), None, None, *router, scores, pooled, 1e-6, True)
+    x = g.tokens(g.D)
+    route_backward(scores, pooled, x, g.cu_seqlens, None, *router, scores, pooled, 1e-6, True)
 
 
 def _routed_qkv(g: Geometry, hidden: int):
@@ -212,6 +234,17 @@ OTHERS: dict[str, Callable[[Geometry], None]] = {
     "route backward": lambda g: _route_backward(g, 0),
     "route backward with a hidden layer": lambda g: _route_backward(g, 256),
 }
+PACKED: dict[str, Callable[[Geometry], None]] = {
+    "packed norm": lambda g: _norm(g, g.D),
+    "packed qkv": lambda g: _linear(g, g.D, g.D, count=3),
+    "packed fc1": lambda g: _linear(g, g.I, g.D, activation="gelu_tanh", train=True),
+    "packed fc2": lambda g: _linear(g, g.D, g.I, residual=True),
+    "packed qkv backward": lambda g: _linear_backward(g, g.D, g.D, count=3),
+    "packed mlp backward": _mlp_backward,
+    "packed norm backward": lambda g: _norm_backward(g, g.D),
+    "packed route": lambda g: _route(g, 0),
+    "packed route backward": lambda g: _route_backward(g, 0),
+}
 # What float32 runs by: the widest and the deepest product, and what is not a product.
 FLOAT32 = ("fc1", "fc2", "norm", "mlp backward", "norm backward", "route", "routed qkv")
 # The expert segment forward, two layers and the projector; attention is PyTorch's, one launch more a layer.
@@ -239,6 +272,15 @@ def launches(chip: Chip, every_config: bool = True) -> list[Launch]:
                 code = (launch.kernel_name, signature(launch.kernel, launch.args), launch.config)
                 found.setdefault(repr(code), launch)
     return list(found.values())
+
+
+def packed_launches(chip: Chip, every_config: bool = False) -> list[Launch]:
+    """What the host functions launch on a chip for packed rows, in bfloat16."""
+    return [
+        launch
+        for name, call in PACKED.items()
+        for launch in record(chip, call, PackedGeometry(), name, "highest", every_config)
+    ]
 
 
 def segment(chip: Chip, geometry: Geometry) -> list[Launch]:

@@ -58,20 +58,26 @@ def _product(launch: Launch) -> _Product | None:
     """The product that a launch computes; None where there is none."""
     args, name = launch.args, launch.kernel_name
     if name == "grouped_outer":
-        batch, tokens, depth = _base(args["x"]).shape
+        batch, tokens, depth = _sizes(args["x"])
         widths = tuple(args[f"WIDTH{i}"] for i in range(3))
         blocks = (args["BLOCK_K"], args["BLOCK_N"], args["BLOCK_T"])
         return _Product(batch, ((depth,), widths, (tokens,)), blocks, ("x", "z"))
     if "BLOCK_M" not in args:
         return None
     features = next(n for n in ("x", "dz", "x_ptr") if n in args)
-    batch, tokens, _ = _base(args[features]).shape
+    batch, tokens, _ = _sizes(args[features])
     weights = [n for n in ("w0", "w1", "w2") if args[n] is not None]
     n, k = _base(args["w0"]).shape[1:]
     several = len(weights)
     columns, depth = ((k,), (n,) * several) if name == "linear_dx" else ((n,) * several, (k,))
     blocks = (args["BLOCK_M"], args["BLOCK_N"], args["BLOCK_K"])
     return _Product(batch, ((tokens,), columns, depth), blocks, (features, *weights))
+
+
+def _sizes(features: Any) -> tuple[int, int, int]:
+    """(B, T, width); packed rows as one tile, for how they are divided no host knows."""
+    shape = _base(features).shape
+    return (1, *shape)[-3:]
 
 
 def _base(operand: Any) -> Any:
