@@ -76,7 +76,7 @@ KINDS: dict[str, Kind] = {
         "DINOv3ViT", {**WIDE, "image_size": 32, "patch_size": 8, "num_register_tokens": 4},
         (32, 32), ((24, 43),), False, 5, "norm",
     ),
-    "internvl": _kind("InternVL", _PAIR, (32, 32), ((24, 40),), False, 1, suffix="VisionModel"),
+    "internvl": _kind("InternVL", _PAIR, (32, 32), ((24, 40),), cls=1, suffix="VisionModel"),
     "internvl_rms": _kind(
         "InternVL", {**_PAIR, "norm_type": "rms_norm", "use_qk_norm": True}, (32, 32), ((24, 40),), False, 1,
         suffix="VisionModel",

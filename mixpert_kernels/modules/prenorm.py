@@ -58,7 +58,8 @@ class PreNormPlan:
     @staticmethod
     def of(block: nn.Module) -> PreNormPlan | None:
         """Return the plan of a known block; None for any other, whose own forward then runs."""
-        for plan in PLANS.get(type(block).__name__, ()):
+        name = type(block).__name__.removeprefix("Parametrized")  # by its own loose parameters
+        for plan in PLANS.get(name, ()):
             if plan._fits(block):
                 return plan
         return None
