@@ -152,6 +152,9 @@ def test_images_and_videos_of_a_call_are_routed_apart(family):
     assert [record.modality for record in output.router] == ["image", "video"]
     assert torch.equal(output.sequences, plain.generate(**inputs, **GENERATE))
     assert shares.counts().tolist() == [[2, 2, 0], [0, 2, 2]]
+    with forced_routing(model, image_of_tile=[0, 0]), record_routing(model) as together:
+        model(**inputs)
+    assert [len(record.expert) for record in together] == [1, 2]  # of images alone
 
 
 @families
