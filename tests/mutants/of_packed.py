@@ -81,8 +81,8 @@ MUTANTS: list[Mutant] = [
         "packed-pool-divides-by-another-length",
         "the mean divides by the rows of all images",
         "route.py",
-        "scores_ptr + i * E, blocks, rows, eps,",
-        "scores_ptr + i * E, blocks, tokens, eps,",
+        "                    image, blocks, rows, partial_ptr",
+        "                    image, blocks, tokens, partial_ptr",
         "tests/test_packed.py -k 'triton and float32 and one_length and route and not grouped'",
     ),
     _mutant(

@@ -18,6 +18,32 @@ __all__ = ["route", "route_backward"]
 RULES = {"direct": "direct", "score_threshold": "threshold"}  # a score difference: its reference
 
 
+@triton.jit
+def _arrive(
+    image, blocks, rows, partial_ptr, scratch_ptr, image_of_tile_ptr, forced_ptr, norm_weight_ptr, norm_bias_ptr,
+    hidden_weight_ptr, hidden_bias_ptr, weight_ptr, bias_ptr, scores_ptr, pooled_ptr, expert_ptr, order_ptr,
+    offsets_ptr, counters_ptr, images, batch, eps, threshold, RULE: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    E: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Say that a block of an image's rows is pooled; the last to say so scores the image, and sorts after the last."""
+    i = tl.cast(image, tl.int64)
+    if tl.atomic_add(counters_ptr + image, 1, sem="acq_rel", scope="gpu") == blocks - 1:
+        expert = score_image(
+            partial_ptr, scratch_ptr + i * (H + E), norm_weight_ptr, norm_bias_ptr, hidden_weight_ptr,
+            hidden_bias_ptr, weight_ptr, bias_ptr, pooled_ptr + i * D, scores_ptr + i * E, blocks, rows, eps,
+            threshold, RULE, D, H, E, WIDTH, HIDDEN, BLOCK_E,
+        )  # fmt: skip
+        if forced_ptr is not None:
+            expert = tl.load(forced_ptr + i).to(tl.int32)
+        ids_ptr = counters_ptr + images + 1
+        tl.store(ids_ptr + i, expert + 1)
+        tl.debug_barrier()
+        if tl.atomic_add(counters_ptr + images, 1, sem="acq_rel", scope="gpu") == images - 1:
+            sort_tiles(
+                ids_ptr, image_of_tile_ptr, expert_ptr, order_ptr, offsets_ptr, batch, E, BLOCK_E
+            )
+
+
 @triton.jit(do_not_specialize=["images", "batch", "tokens"])
 def _route_kernel(
     x_ptr,  # (B, T, D)
@@ -83,37 +109,25 @@ def _route_kernel(
     tl.debug_barrier()
     partial_ptr -= block * D
     scratch_ptr = workspace_ptr + tl.num_programs(0).to(tl.int64) * D
-    for image in range(first, last):
-        mine = True
-        if cu_seqlens_ptr is not None and base_tile_ptr is not None:
-            mine = tl.load(base_tile_ptr + image) == tile
-        if mine:
-            i = tl.cast(image, tl.int64)
-            if tl.atomic_add(counters_ptr + i, 1, sem="acq_rel", scope="gpu") == blocks - 1:
-                expert = score_image(
-                    partial_ptr, scratch_ptr + i * (H + E), norm_weight_ptr, norm_bias_ptr, hidden_weight_ptr,
-                    hidden_bias_ptr, weight_ptr, bias_ptr, pooled_ptr + i * D, scores_ptr + i * E, blocks, rows, eps,
-                    threshold, RULE, D, H, E, WIDTH, HIDDEN, BLOCK_E,
+    if cu_seqlens_ptr is None:
+        _arrive(
+            first, blocks, rows, partial_ptr, scratch_ptr, image_of_tile_ptr, forced_ptr, norm_weight_ptr,
+            norm_bias_ptr, hidden_weight_ptr, hidden_bias_ptr, weight_ptr, bias_ptr, scores_ptr, pooled_ptr,
+            expert_ptr, order_ptr, offsets_ptr, counters_ptr, images, batch, eps, threshold, RULE, D, H, E, WIDTH,
+            HIDDEN, BLOCK_E,
+        )  # fmt: skip
+    else:  # not one loop for both: it costs the registers of two programs
+        for image in range(first, last):
+            mine = True
+            if base_tile_ptr is not None:
+                mine = tl.load(base_tile_ptr + image) == tile
+            if mine:
+                _arrive(
+                    image, blocks, rows, partial_ptr, scratch_ptr, image_of_tile_ptr, forced_ptr, norm_weight_ptr,
+                    norm_bias_ptr, hidden_weight_ptr, hidden_bias_ptr, weight_ptr, bias_ptr, scores_ptr, pooled_ptr,
+                    expert_ptr, order_ptr, offsets_ptr, counters_ptr, images, batch, eps, threshold, RULE, D, H, E,
+                    WIDTH, HIDDEN, BLOCK_E,
                 )  # fmt: skip
-                if forced_ptr is not None:
-                    expert = tl.load(forced_ptr + i).to(tl.int32)
-                ids_ptr = counters_ptr + images + 1
-                tl.store(ids_ptr + i, expert + 1)
-                tl.debug_barrier()
-                if (
-                    tl.atomic_add(counters_ptr + images, 1, sem="acq_rel", scope="gpu")
-                    == images - 1
-                ):
-                    sort_tiles(
-                        ids_ptr,
-                        image_of_tile_ptr,
-                        expert_ptr,
-                        order_ptr,
-                        offsets_ptr,
-                        batch,
-                        E,
-                        BLOCK_E,
-                    )
 
 
 def route(

@@ -1,4 +1,7 @@
-"""route_grouped_linear in one launch (and one memset): programs that wait for none that starts after them."""
+"""route_grouped_linear in one launch (and one memset): programs that wait for none that starts after them.
+
+Packed rows take the three launches of the separate ops.
+"""
 
 from __future__ import annotations
 
