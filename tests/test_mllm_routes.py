@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -303,14 +304,10 @@ def test_forced_routes_must_fit(family):
     kind = KINDS[family]
     (counts,) = kind.prompts["several images"]
     model, inputs, tiles = mixed(kind), kind.call([counts]), sum(counts)
-    for routes, match in (
-        ([0, 1], "expert must have one entry an image, 3, got 2"),
-        ([0, 1, 3], "expert must lie in 0..2, got 3"),
-    ):
+    for routes in ([0, 1], []):
+        match = f"expert must have one entry an image, 3, got {len(routes)}"
         with pytest.raises(ValueError, match=match), forced_routing(model, routes):
             model(**inputs)
-    with pytest.raises(ValueError, match=r"expert must lie in 0..2, got 3"):
-        forced_routing(model, 3).__enter__()
     for images, match in (
         ([0, 0], "image_of_tile must have one entry a tile"),
         ([-1] * tiles, "image_of_tile must ascend from 0"),
@@ -321,6 +318,39 @@ def test_forced_routes_must_fit(family):
             forced_routing(model, image_of_tile=images),
         ):
             model(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"expert": 3}, "expert must lie in 0..2, got 3"),
+        ({"expert": [0, 1, 3]}, "expert must lie in 0..2, got 3"),
+        ({"expert": torch.tensor(3)}, "expert must lie in 0..2, got 3"),
+        ({"expert": torch.tensor([0, -1])}, "expert must lie in 0..2, got -1"),
+        ({"expert": torch.tensor([[0, 1]])}, r"expert must have 1 dimension, got shape \(1, 2\)"),
+        ({"expert": torch.ones(2)}, "expert must have dtype int32 or int64, got torch.float32"),
+        ({"expert": 1.0}, "expert must be numbers or names, got float 1.0"),
+        ({"expert": True}, "expert must be numbers or names, got bool True"),
+        ({"expert": [0, None]}, "expert must be numbers or names, got NoneType None"),
+        ({"video_expert": torch.tensor([3])}, "video_expert must lie in 0..2, got 3"),
+        ({"base_tile": [0]}, "base_tile must come with image_of_tile, got it alone"),
+    ],
+)
+def test_forced_routes_are_refused_before_the_model_runs(given, match):
+    model = mixed(KINDS["llava"])
+    with pytest.raises(ValueError, match=f"^forced_routing: {match}"):
+        forced_routing(model, **given).__enter__()
+
+
+@pytest.mark.parametrize(
+    "given", [np.int64(2), np.array([2, 2]), torch.tensor(2, dtype=torch.int32)]
+)
+def test_routes_from_numpy_and_tensors(given):
+    kind = KINDS["llava"]
+    model = mixed(kind)
+    with forced_routing(model, given), record_routing(model) as records:
+        model(**kind.call([[1, 1]]))
+    assert records[0].expert.tolist() == [2, 2]
 
 
 def test_a_projector_called_by_itself_is_an_error():

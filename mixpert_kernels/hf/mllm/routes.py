@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from mixpert_kernels.routing import check_ids
+
 from .mixpertize import owner_of
 from .scope import Forced, Record, Records, pushed
 
+CALL = "forced_routing"
 Ids = Sequence[int | str] | Tensor
 
 
@@ -41,27 +45,35 @@ def forced_routing(
         >>> with forced_routing(model, expert=[0, 2]):  # doctest: +SKIP
         ...     model.generate(**inputs)
     """
-    owner = owner_of("forced_routing", model)
+    owner = owner_of(CALL, model)
     settings = owner.mixpert_settings
 
     def one(name: str, given: int | str) -> int:
         if isinstance(given, str):
             names = settings.expert_names or []
             if given not in names:
-                raise ValueError(f"forced_routing: {name} must be one of {names}, got {given}")
+                raise ValueError(f"{CALL}: {name} must be one of {names}, got {given}")
             return names.index(given)
+        if type(given) is bool or not isinstance(given, Integral):
+            kind = type(given).__name__
+            raise ValueError(f"{CALL}: {name} must be numbers or names, got {kind} {given}")
         if not 0 <= given < settings.num_experts:
             last = settings.num_experts - 1
-            raise ValueError(f"forced_routing: {name} must lie in 0..{last}, got {given}")
-        return given
+            raise ValueError(f"{CALL}: {name} must lie in 0..{last}, got {given}")
+        return int(given)
 
     def ids(name: str, given: int | str | Ids | None) -> Tensor | None:
-        if given is None or isinstance(given, Tensor):
-            return given
-        if isinstance(given, int | str):
+        if given is None:
+            return None
+        if isinstance(given, Tensor):
+            check_ids(CALL, name, given if given.ndim else given[None], settings.num_experts)
+            return given.long()
+        if isinstance(given, str) or not isinstance(given, Iterable):
             return torch.tensor(one(name, given))
-        return torch.tensor([one(name, entry) for entry in given])
+        return torch.tensor([one(name, entry) for entry in given], dtype=torch.int64)
 
+    if base_tile is not None and image_of_tile is None:
+        raise ValueError(f"{CALL}: base_tile must come with image_of_tile, got it alone")
     forced = Forced(
         ids("expert", expert),
         ids("video_expert", video_expert),
