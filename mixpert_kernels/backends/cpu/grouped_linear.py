@@ -24,12 +24,13 @@ from .runs import join, runs
 # Named overloads: finding the one that fits costs milliseconds, since a misfit prints its tensors into an error.
 _linear = torch.ops.mkldnn._linear_pointwise
 
-# (attribute, algorithm) of mkldnn::_linear_pointwise. quick_gelu has none: oneDNN's swish there takes no slope.
+# (attribute, algorithm) of mkldnn::_linear_pointwise. quick_gelu has none: its swish, z * sigmoid(z), takes no slope.
 FUSED = {
     "none": ("none", ""),
     "gelu": ("gelu", "none"),
     "gelu_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
+    "swish": ("swish", ""),
 }
 
 
@@ -54,7 +55,7 @@ def grouped_linear(
         if for_backward:
             y, pre = _plain(*args, activation, add)
         else:
-            y, pre = _fused(*args, activation, add), None
+            y, pre = fused(*args, activation, add), None
         ys.append(y)
         pres.append(pre)
     return join(ys), join(pres) if keep else x.new_empty(0)
@@ -73,10 +74,11 @@ def _plain(x, weights, biases, scale, e, activation, residual) -> tuple[Tensor, 
     return (y if residual is None else y + residual), z
 
 
-def _fused(x, weights, biases, scale, e, activation, residual) -> Tensor:
+def fused(x, weights, biases, scale, e, activation, residual, factors=(1.0, 1.0)) -> Tensor:
+    """One run of tiles x through expert ``e`` in inference; ``factors``: of the weights and of the biases."""
     dtype = compute_dtype(x.dtype)
     foldable = scale if activation == "none" else None
-    layer = packed(weights, biases, foldable, e, dtype)
+    layer = packed(weights, biases, foldable, e, dtype, factors)
     if layer is None:
         return _plain(x, weights, biases, scale, e, activation, residual)[0]
     rows = x.to(dtype)

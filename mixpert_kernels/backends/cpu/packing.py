@@ -39,21 +39,28 @@ def packed(
     scale: Tensor | None,  # (E, N), folded in
     expert: int,
     dtype: torch.dtype,
+    factors: tuple[float, float] = (1.0, 1.0),  # of the weights and of the biases, folded in
 ) -> Packed | None:
     """Return expert ``expert``'s layer packed in ``dtype``; None where the sources cannot be watched."""
     sources = [*weights, *biases] if scale is None else [*weights, *biases, scale]
-    if any(t.is_inference() for t in sources):  # inference tensors have no version counter
+    if not watched(*sources):
         return None
-    key = (expert, dtype, len(weights), len(biases), *(t.data_ptr() for t in sources))
+    counts = (len(weights), len(biases))
+    key = (expert, dtype, factors, *counts, *(t.data_ptr() for t in sources))
     state = tuple(_state(t, expert) for t in sources)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and not _expired(entry):
         return entry.packed
     _drop_expired()
     storages = tuple(StorageWeakRef(t.untyped_storage()) for t in sources)
-    entry = _Entry(_pack(weights, biases, scale, expert, dtype), storages, state)
+    entry = _Entry(_pack(weights, biases, scale, expert, dtype, factors), storages, state)
     _entries[key] = entry
     return entry.packed
+
+
+def watched(*sources: Tensor | None) -> bool:
+    """Whether a change of these would be seen: inference tensors have no version counter."""
+    return not any(t is not None and t.is_inference() for t in sources)
 
 
 def packed_bytes() -> int:
@@ -67,9 +74,12 @@ def clear() -> None:
     _entries.clear()
 
 
-def _pack(weights, biases, scale, expert, dtype) -> Packed:
+def _pack(weights, biases, scale, expert, dtype, factors) -> Packed:
     weight = torch.cat([w[expert] for w in weights])
     bias = torch.cat([b[expert] for b in biases]) if biases else None
+    if factors != (1.0, 1.0):
+        weight = weight.float() * factors[0]
+        bias = None if bias is None else bias.float() * factors[1]
     if scale is not None:
         weight = weight.float() * scale[expert].float()[:, None]
         bias = None if bias is None else bias.float() * scale[expert].float()
