@@ -120,7 +120,7 @@ def grouped_linear_backward(
     dz = dy if scale is None else dy * spread(scale[expert], dy, cu_seqlens).to(dy.dtype)
     dz = activate_backward(activation, dz, pre)
     parts = dz.split([w.shape[1] for w in weights], -1)
-    dx = torch.empty_like(x) if needs_x else none  # every tile is in a run
+    dx = x.new_empty(x.shape) if needs_x else none  # in rows, whatever x is; every tile is in a run
     dweights = [torch.zeros_like(w) for w in weights] if needs_weight else []
     dbiases = [torch.zeros_like(b) for b in biases] if needs_bias else []
     for e, first, last in runs(expert, cu_seqlens):
