@@ -230,6 +230,25 @@ def test_a_bare_name_without_lora_config_is_refused_for_it_matches_experts():
         peft.get_peft_model(mixed(KINDS["llava"]), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+def test_an_adapted_vision_side_is_neither_given_experts_nor_freed_of_them():
+    """Or the adapter of a cloned block would be cloned, and a wrapped projector keep its experts."""
+    plain = KINDS["llava"].build()
+    names = list(plain.state_dict())
+    peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"^mixpertize: .* no adapter in its vision side, got a L"):
+        mixpertize(plain)
+    plain = KINDS["llava"].build()
+    tuned = peft.get_peft_model(plain, peft.LoraConfig(target_modules=["q_proj"]))
+    assert mixpertize(tuned.merge_and_unload()) is plain
+
+    model = mixed(KINDS["llava"])
+    config = lora_config(model, ["q_proj"], modules_to_save=["multi_modal_projector"])
+    tuned = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match=r"^unmixpertize: .* no adapter in its vision side, got a"):
+        unmixpertize(model)
+    assert list(unmixpertize(tuned.merge_and_unload()).state_dict()) == names
+
+
 @pytest.mark.parametrize(
     "targets, match",
     [

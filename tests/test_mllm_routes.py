@@ -258,8 +258,12 @@ def test_a_tower_that_packs_images_is_refused():
         ({"expert_layers": 0}, "expert_layers must lie in 1..3"),
         ({"routing": "best"}, "routing must be one of"),
         ({"delta": 2.0}, "delta must lie in"),
+        ({"delta": None}, "delta must be a number, got None"),
+        ({"tau": "a"}, "tau must be a number, got a"),
         ({"router_hidden": 0}, "router_hidden must be None or at least 1"),
         ({"expert_names": ["a", "a"]}, "expert_names must be 4 different names"),
+        ({"expert_names": "abcd"}, "expert_names must be 4 different names, got abcd"),
+        ({"expert_names": 4}, "expert_names must be 4 different names, got 4"),
     ],
 )
 def test_bad_arguments_leave_the_model_as_it_was(options, match):

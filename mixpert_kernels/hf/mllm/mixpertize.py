@@ -139,7 +139,7 @@ def unmixpertize(model: PreTrainedModel, expert: int | str = 0) -> PreTrainedMod
 
 
 def _check_vision_side(caller: str, model: nn.Module) -> None:
-    """Raise ValueError where quantised, or hooked: hooks hold methods of the classes that modules had before."""
+    """Raise ValueError where quantised, adapted or hooked: hooks hold methods of the classes that modules had."""
     family, owner = mllm_of(model.config), model.base_model
     sides = [owner.get_submodule(path) for path in (family.tower, family.projector)]
     for module in (model, owner, *(m for side in sides for m in side.modules())):
@@ -147,6 +147,11 @@ def _check_vision_side(caller: str, model: nn.Module) -> None:
             raise ValueError(
                 f"{caller}: model must not be dispatched to devices or hooked by accelerate, got a hooked "
                 f"{type(module).__name__}: load it without device_map, and dispatch it afterwards"
+            )
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ValueError(
+                f"{caller}: model must have no adapter in its vision side, got a {type(module).__name__}: "
+                "merge_and_unload() first, and adapt it afterwards with lora_config"
             )
         if any(not p.is_floating_point() for p in module.parameters(recurse=False)):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any
 
 from mixpert_kernels.hf.expert_names import are_names
@@ -67,8 +68,10 @@ class Settings:
         wide = hidden is None or (_whole(hidden) and hidden >= 1)
         _require(wide, "router_hidden", "be None or at least 1", hidden)
         names = self.expert_names
-        fits = are_names(names, experts)
+        fits = isinstance(names, list | tuple | None) and are_names(names, experts)
         _require(fits, "expert_names", f"be {experts} different names", names)
+        for name, threshold in (("tau", self.tau), ("delta", self.delta)):
+            _require(isinstance(threshold, Real), name, "be a number", threshold)
         try:
             self.strategy  # noqa: B018, its constructor checks
         except ValueError as error:
