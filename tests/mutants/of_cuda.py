@@ -233,7 +233,7 @@ MUTANTS: list[Mutant] = [
         "_operands.py",
         "self.tokens // size + self.batch,",
         "cdiv(self.tokens, size),",
-        PACKED_90A,
+        f"{PACKED} -k linear_backward",
     ),
     _host(
         "packed-in-one-launch",
