@@ -53,7 +53,7 @@ class Loaded(nn.Module):
         if kwargs.get("quantization_config") is not None:
             options["quantization_config"] = _sparing(kwargs["quantization_config"], config)
         model, info = super().from_pretrained(directory, *args, **options)
-        _refuse_faults("from_pretrained", directory, "mixpertized model", info)
+        refuse_faults("from_pretrained", directory, "mixpertized model", info)
         return (model, info) if wants_info else model
 
 
@@ -87,11 +87,11 @@ def load_plain(directory: Path) -> PreTrainedModel:
         model, info = AutoModelForImageTextToText.from_pretrained(
             directory, dtype="auto", output_loading_info=True, **local
         )
-    _refuse_faults(caller, directory, "model", info)
+    refuse_faults(caller, directory, "model", info)
     return model.eval()
 
 
-def _refuse_faults(caller: str, directory: Any, kind: str, info: dict[str, Any]) -> None:
+def refuse_faults(caller: str, directory: Any, kind: str, info: dict[str, Any]) -> None:
     mismatched = {
         name: (list(saved), list(built)) for name, saved, built in info["mismatched_keys"]
     }

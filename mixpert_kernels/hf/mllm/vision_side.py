@@ -18,7 +18,7 @@ from .blocks import subclass
 from .families import mllm_of
 from .mixpertize import build
 from .routes import forced_routing, record_routing
-from .saving import _refuse_faults
+from .saving import refuse_faults
 from .scope import Record
 from .settings import Settings
 
@@ -68,7 +68,7 @@ def load_vision_side(directory: Path | str) -> PreTrainedModel:
             output_loading_info=True,
             **LOCAL,
         )
-    _refuse_faults(caller, directory, "mixpertized model", info)
+    refuse_faults(caller, directory, "mixpertized model", info)
     return model.eval()
 
 
