@@ -361,3 +361,12 @@ def test_a_projector_called_by_itself_is_an_error():
     model = mixed(KINDS["llava"])
     with pytest.raises(RuntimeError, match="must be called by get_image_features"):
         model.model.multi_modal_projector(torch.randn(1, 16, 16))
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_sizes_that_tell_of_other_tiles_are_refused(family):
+    kind = KINDS[family]
+    model, inputs = mixed(kind), kind.call([[1]])
+    inputs["image_sizes"] = torch.tensor([[16, 32]])
+    with pytest.raises(ValueError, match=r"^mixpertize: .* as many tiles as there are, 1, got 3$"):
+        model(**inputs)

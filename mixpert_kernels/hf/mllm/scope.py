@@ -187,7 +187,12 @@ class Scope:
                 image_of_tile=images.image_of_tile.to(x.device),
                 base_tile=images.base_tile.to(x.device),
             )
-        ids = resolve_images(images.image_of_tile, images.base_tile, images.tiles(x), x.device)
+        told, tiles = images.image_of_tile, images.tiles(x)
+        if told is not None and len(told) != tiles:
+            raise ValueError(
+                f"mixpertize: the sizes of the images must tell of as many tiles as there are, {tiles}, got {len(told)}"
+            )
+        ids = resolve_images(told, images.base_tile, tiles, x.device)
         return Images(*ids, **packed)
 
     def _forced(self, x: Tensor, forced: Forced, images: Images) -> Tensor | None:
