@@ -108,9 +108,8 @@ class ExpertBlock(nn.Module):
 
     def _run(self, x: Tensor, routing: Routing, *args, **kwargs) -> Tensor:
         self._check(x, routing)
-        apart = routing.cu_seqlens is None or isinstance(
-            self.plan, MlpPlan
-        )  # attention's plan is of (B, T, D)
+        # A plan with attention is of (B, T, D).
+        apart = routing.cu_seqlens is None or isinstance(self.plan, MlpPlan)
         if self.plan is not None and apart and self.plan.serves(self.block, args, kwargs):
             return self.plan.run(self.block, x, routing)
         before = bind(routing, x.shape[0])
