@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
     facts = choice.identity(device)
-    work = _workload(args)
+    work = _workload(args, device.type)
     report = tune(
         work.calls,
         tokens=work.tokens,
@@ -119,7 +119,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _workload(args: argparse.Namespace) -> Workload:
+def _workload(args: argparse.Namespace, device: str) -> Workload:
     from mixpert_kernels.hf import widths
 
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
@@ -127,10 +127,10 @@ def _workload(args: argparse.Namespace) -> Workload:
         if given or args.geometry:
             names = ", ".join(f"--{name}" for name in ("geometry", *SIZES))
             raise ValueError(f"tune: MODEL_DIR must come without {names}")
-        found = widths.of_directory(args.model_dir, args.experts or 4)
+        found = widths.of_directory(args.model_dir, args.experts or 4, device)
         return found if args.experts is None else found._replace(experts=args.experts)
     sizes = widths.GEOMETRIES[args.geometry or "so400m"]._replace(**given)
-    return widths.of_sizes(sizes, 4 if args.experts is None else args.experts)
+    return widths.of_sizes(sizes, 4 if args.experts is None else args.experts, device)
 
 
 def _print(report: Report, facts: dict[str, str], work: Workload) -> None:

@@ -41,8 +41,8 @@ class Workload(NamedTuple):
     experts: int
 
 
-def of_sizes(sizes: Sizes, experts: int) -> Workload:
-    """The calls of a tower of these sizes.
+def of_sizes(sizes: Sizes, experts: int, device: str) -> Workload:
+    """The calls of a tower of these sizes on a device of this type, ``cpu`` or ``cuda``, which need not be there.
 
     Raises:
         ValueError: a size is below 1.
@@ -62,15 +62,16 @@ def of_sizes(sizes: Sizes, experts: int) -> Workload:
         first = nn.Linear(sizes.hidden, sizes.projected)
         projector = nn.Sequential(first, nn.GELU(), nn.Linear(sizes.projected, sizes.projected))
         tower = FusedMixpertTower.from_vision_model(vision, projector, num_experts=experts)
-    return of_tower(tower)._replace(tokens=sizes.tokens)
+    return of_tower(tower, device)._replace(tokens=sizes.tokens)
 
 
-def of_directory(directory: Path | str, experts: int) -> Workload:
+def of_directory(directory: Path | str, experts: int, device: str) -> Workload:
     """The calls of a saved tower, or of the tower that a transformers vision checkpoint would become.
 
     Args:
         directory: holds ``config.json``; nothing else is read.
         experts: E where the directory holds no tower yet.
+        device: ``cpu`` or ``cuda``, which need not be there.
 
     Raises:
         ValueError: the directory is missing or holds no vision model.
@@ -82,7 +83,7 @@ def of_directory(directory: Path | str, experts: int) -> Workload:
         )
         with torch.device("meta"):
             tower = _tower(config, experts)
-        return of_tower(tower)
+        return of_tower(tower, device)
 
 
 def _tower(config: Any, experts: int) -> FusedMixpertTower:
@@ -94,7 +95,7 @@ def _tower(config: Any, experts: int) -> FusedMixpertTower:
     return FusedMixpertTower.from_vision_model(vision, projector, num_experts=experts)
 
 
-def of_tower(tower: FusedMixpertTower) -> Workload:
+def of_tower(tower: FusedMixpertTower, device: str) -> Workload:
     """The calls of a tower, in inference and in training; its parameters are replaced by ones without values."""
     seen = _Watch()
     size = tower.config.vision_config.image_size
@@ -102,11 +103,11 @@ def of_tower(tower: FusedMixpertTower) -> Workload:
     channels = getattr(tower.config.vision_config, "num_channels", 3)
     tokens = 0
     with FakeTensorMode():
-        _without_values(tower)
+        _without_values(tower, device)
         for training in (False, True):
             tower.train(training)
             with torch.set_grad_enabled(training), seen:
-                pixels = torch.empty(1, channels, height, width)
+                pixels = torch.empty(1, channels, height, width, device=device)
                 x, args, kwargs = tower._run_trunk(pixels, False)
                 routing = tower.route(x)
                 tower._segment(x, routing, args, kwargs)
@@ -117,18 +118,19 @@ def of_tower(tower: FusedMixpertTower) -> Workload:
     return Workload(tuple(dict.fromkeys(seen.calls)), tokens, tower.config.num_experts)
 
 
-def _without_values(module: nn.Module) -> None:
+def _without_values(module: nn.Module, device: str) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(_empty(parameter))
+                part._parameters[name] = nn.Parameter(_empty(parameter, device))
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = _empty(buffer)
+                part._buffers[name] = _empty(buffer, device)
 
 
-def _empty(t: Tensor) -> Tensor:
-    return torch.empty(t.shape, dtype=torch.float32 if t.is_floating_point() else t.dtype)
+def _empty(t: Tensor, device: str) -> Tensor:
+    dtype = torch.float32 if t.is_floating_point() else t.dtype
+    return torch.empty(t.shape, dtype=dtype, device=device)
 
 
 class _Watch(TorchDispatchMode):

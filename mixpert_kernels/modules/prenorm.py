@@ -126,7 +126,8 @@ class PreNormPlan:
         scale1, scale2 = (scale_table(block, path) for path in (self.scale1, self.scale2))
         x = linear(y, (out,), routing, residual=x, scale=scale1)
         act = activation_name(get(block, self.activation))
-        if torch.is_grad_enabled():  # as one op, the two products keep less for backward
+        # As one op, the two products keep less for backward, and on a CPU the rows between them near.
+        if torch.is_grad_enabled() or x.device.type == "cpu":
             y = layer_norm(x, norm2, routing)
             return mlp(y, fc1, fc2, routing, activation=act, residual=x, scale=scale2)
         y = norm_linear(x, norm2, (fc1,), routing, activation=act)
