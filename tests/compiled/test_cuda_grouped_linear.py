@@ -219,7 +219,7 @@ def test_nothing_to_do():
     with emulated(80) as launches:
         nothing = torch.empty(0, dtype=torch.int32)
         y, _ = cuda.grouped_linear(
-            x[:0], weights, biases, nothing, nothing, nothing, "none", None, None, False
+            x[:0], weights, biases, nothing, nothing, nothing, None, "none", None, None, False
         )
     assert y.shape == (0, 9, 24) and not launches
 
