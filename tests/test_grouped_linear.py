@@ -347,20 +347,18 @@ def test_half_precision_parameters_beside_float32_features_are_widened(backend):
 @pytest.mark.parametrize("needs_gradient", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_memory_layout_does_not_matter(backend, needs_gradient, every_second_row):
-    expert = [1, 0, 0]  # neighbours of one expert: the CPU backend takes them at once
+    expert = [1, 0, 0]  # the CPU backend takes neighbours of one expert at once
     p = problem(5, 8, 6, expert, 2, dtype=torch.float32)
     strided = {n: t.transpose(0, -1).contiguous().transpose(0, -1) for n, t in p.items()}
     if every_second_row:
         strided["x"] = torch.stack([p["x"], p["x"] + 1], 2)[:, :, 0]
     assert not any(t.is_contiguous() for t in strided.values())
-    for q in (p, strided):
-        for t in q.values():
-            t.requires_grad_(needs_gradient)
+    for t in (*p.values(), *strided.values()):
+        t.requires_grad_(needs_gradient)
     y, got = call(p, expert, "gelu", backend), call(strided, expert, "gelu", backend)
     torch.testing.assert_close(got, y, rtol=1e-6, atol=1e-5)
     if needs_gradient:
-        dy = torch.ones(()).expand_as(y)
-        wanted = gradients(p, y, dy)
+        wanted = gradients(p, y, dy := torch.ones(()).expand_as(y))
         for name, gradient in gradients(strided, got, dy).items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-6, atol=1e-5)
 
