@@ -6,6 +6,8 @@ import logging
 
 from transformers.utils.logging import get_logger
 
+from mixpert_kernels.hf.expert_names import names_of
+
 from .scope import Record
 from .settings import Settings
 
@@ -16,7 +18,7 @@ def routes(records: list[Record], settings: Settings) -> None:
     """Log expert and score of each image, or video. Waits for the device, and so does nothing above level info."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    names = settings.expert_names or [f"expert {i}" for i in range(settings.num_experts)]
+    names = names_of(settings)
     for record in records:
         for expert, scores in zip(record.expert.tolist(), record.scores.tolist(), strict=True):
             logger.info(f"mixpert {record.modality} to {names[expert]} ({scores[expert]:.2f})")

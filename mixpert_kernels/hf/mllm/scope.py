@@ -169,11 +169,8 @@ class Scope:
 
     def _images(self, x: Tensor, forced: Forced | None) -> Images:
         given = None if forced is None or self.modality == "video" else forced.image_of_tile
-        images = Images()
-        if given is None or x.ndim == 2:  # how many tiles packed rows are, the boundaries alone say
-            images = self.found or images
-            if self.found is None and self.find is not None:
-                images = self.find(self.owner, self.given, x)
+        # How many tiles packed rows are, the boundaries alone say.
+        images = self._told(x) if given is None or x.ndim == 2 else Images()
         packed = {"cu_seqlens": images.cu_seqlens}
         if given is not None:
             ids = resolve_images(given, forced.base_tile, images.tiles(x), x.device)
@@ -194,6 +191,11 @@ class Scope:
             )
         ids = resolve_images(told, images.base_tile, tiles, x.device)
         return Images(*ids, **packed)
+
+    def _told(self, x: Tensor) -> Images:
+        if self.found is not None:
+            return self.found
+        return Images() if self.find is None else self.find(self.owner, self.given, x)
 
     def _forced(self, x: Tensor, forced: Forced, images: Images) -> Tensor | None:
         expert = forced.video_expert if self.modality == "video" else forced.expert
