@@ -143,3 +143,11 @@ def everything(op, function, p, dtype=None, dys=None):
 def skip_unless_it_runs(op, backend, dtype=torch.float32):
     if reason := why_not(op, backend, device="cpu", dtype=dtype):
         pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture(autouse=True)
+def runs_here(request):
+    case = getattr(request.node, "callspec", None)
+    if case is not None and "backend" in case.params:
+        dtype = case.params.get("dtype", torch.float32)
+        skip_unless_it_runs(case.params["op"], case.params["backend"], dtype)

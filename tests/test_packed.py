@@ -26,20 +26,12 @@ from _packed import (
     plain,
     problem,
     resized,
-    skip_unless_it_runs,
+    runs_here,  # noqa: F401, a fixture of every test
 )
 
 from mixpert_kernels import Routing, ops
 from mixpert_kernels.backends import BACKENDS
 from mixpert_kernels.testing import assert_as_accurate
-
-
-@pytest.fixture(autouse=True)
-def runs_here(request):
-    case = getattr(request.node, "callspec", None)
-    if case is not None and "backend" in case.params:
-        dtype = case.params.get("dtype", torch.float32)
-        skip_unless_it_runs(case.params["op"], case.params["backend"], dtype)
 
 
 @pytest.mark.parametrize("op", ["grouped_linear"])

@@ -19,19 +19,12 @@ from _packed import (
     everything,
     problem,
     resized,
+    runs_here,  # noqa: F401, a fixture of every test
     skip_unless_it_runs,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixpert_kernels import Routing
-
-
-@pytest.fixture(autouse=True)
-def runs_here(request):
-    case = getattr(request.node, "callspec", None)
-    if case is not None and "backend" in case.params:
-        dtype = case.params.get("dtype", torch.float32)
-        skip_unless_it_runs(case.params["op"], case.params["backend"], dtype)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
