@@ -131,12 +131,12 @@ def check_ids(caller: str, name: str, ids: Tensor, count: int | None = None) -> 
         raise ValueError(f"{caller}: {name} must lie in 0..{count - 1}, got {int(wrong[0])}")
 
 
-def check_bounds(caller: str, name: str, cu_seqlens: Tensor, rows: int) -> None:
-    """Raise ValueError unless ``cu_seqlens`` ascends from 0 to R, where that costs no wait: on a CPU."""
+def check_bounds(caller: str, name: str, cu_seqlens: Tensor, rows: int, of: str = "x") -> None:
+    """Raise ValueError unless ``cu_seqlens`` ascends from 0 to the R rows of an argument, where that costs no wait."""
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bounds = cu_seqlens.tolist()
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
         raise ValueError(
-            f"{caller}: {name} must ascend from 0 to the {rows} rows of x, got {bounds}"
+            f"{caller}: {name} must ascend from 0 to the {rows} rows of {of}, got {bounds}"
         )
