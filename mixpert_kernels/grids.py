@@ -14,9 +14,9 @@ from mixpert_kernels.routing import check_bounds
 class Grids(NamedTuple):
     """Where each image's H x W grid of patches lies in packed features (R, C).
 
-    Image ``b`` is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``, its patch (i, j) is row ``cu_seqlens[b] + i * W + j``. H and
-    W differ from image to image. Both tensors live on the device of the features and are never read by the host on a
-    GPU; ``cu_seqlens`` is what ``Routing`` calls so.
+    Image ``b`` is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``, its patch (i, j) is row ``cu_seqlens[b] + i * W + j``.
+    H and W differ from image to image. Both tensors live on the device of the features and are never read by the host
+    on a GPU; ``cu_seqlens`` is what ``Routing`` calls so.
 
     Attributes:
         sizes: (B, 2) int32, H and W of each image, at least 1.
@@ -115,6 +115,7 @@ def require_grids(op: str, grids: Grids, rows: Tensor, name: str) -> None:
     ):
         if height < 1 or width < 1 or height * width != n:
             raise ValueError(
-                f"{op}: grids must have as many rows an image as H * W, got {n} rows for image {b} of {height} x {width}"
+                f"{op}: grids must have as many rows an image as H * W, "
+                f"got {n} rows for image {b} of {height} x {width}"
             )
     check_bounds(op, "grids.cu_seqlens", grids.cu_seqlens, rows.shape[0], name)
