@@ -45,7 +45,7 @@ GOOD = Grids.of([(2, 3), (1, 4)])
         (GOOD._replace(sizes=GOOD.sizes[:, :1]), r"grids.sizes must have shape \(B, 2\), got"),
         (GOOD._replace(cu_seqlens=GOOD.cu_seqlens[:2]), r"grids.cu_seqlens must have shape \(3,\)"),
         (GOOD._replace(sizes=GOOD.sizes.long()), "grids.sizes must have dtype int32, got"),
-        (GOOD._replace(sizes=GOOD.sizes.T.clone().T), "grids.sizes must be contiguous, got"),
+        (GOOD._replace(sizes=GOOD.sizes.T.contiguous().T), "grids.sizes must be contiguous, got"),
         (GOOD._replace(sizes=GOOD.sizes.to("meta")), "grids.sizes must be on the device of f, cpu"),
         (
             GOOD._replace(sizes=GOOD.sizes + 1),
