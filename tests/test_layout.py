@@ -60,6 +60,7 @@ def calls(path: Path) -> set[str]:
 
 def test_the_ops_are_known():
     assert OPS == [
+        "grouped_adapter",
         "grouped_layer_norm",
         "grouped_linear",
         "grouped_mlp",

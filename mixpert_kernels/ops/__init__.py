@@ -1,5 +1,6 @@
 """The ops: contracts, schemas, fakes and gradients. Arithmetic lives in ``mixpert_kernels.backends``."""
 
+from .grouped_adapter import grouped_adapter
 from .grouped_layer_norm import grouped_layer_norm
 from .grouped_linear import grouped_linear
 from .grouped_mlp import grouped_mlp
@@ -11,6 +12,7 @@ __all__ = [
     "RoutedLinear",
     "RouterWeights",
     "Strategy",
+    "grouped_adapter",
     "grouped_layer_norm",
     "grouped_linear",
     "grouped_mlp",
