@@ -60,10 +60,13 @@ def calls(path: Path) -> set[str]:
 
 def test_the_ops_are_known():
     assert OPS == [
+        "adaptive_pool",
+        "deform_attn",
         "grouped_adapter",
         "grouped_layer_norm",
         "grouped_linear",
         "grouped_mlp",
+        "mix_streams",
         "norm_grouped_linear",
         "route",
         "route_grouped_linear",
