@@ -1,7 +1,7 @@
 """Blocks and projectors with experts, in the place of the plain ones and under their class and parameter names.
 
-A module's leaves are swapped for grouped ones and its class for a subclass of the same name, made on the fly. Whatever
-goes by ``isinstance``, by a class's or a parameter's name or by hooks finds what it found before.
+A module's leaves are swapped for grouped ones and its class for a subclass of the same name. Whatever goes by
+``isinstance``, by a class's or a parameter's name or by hooks finds what it found before.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixpert_kernels.hf.subclass import plain_class, subclass
 from mixpert_kernels.modules.binding import bind, peek
 from mixpert_kernels.modules.by_expert import by_expert
 from mixpert_kernels.modules.expertize import copy_of, group_leaves
@@ -25,21 +26,6 @@ from . import scope
 
 ROUTING = "mixpert_routing"  # the argument by which a block hands its routing to its own forward
 FLAGS = ("output_hidden_states", "output_attentions")  # passed down to blocks, which ignore them
-
-
-@functools.cache
-def subclass(plain: type, *mixins: type) -> type:
-    """A subclass of ``plain`` under its name, with ``mixins`` before it."""
-    names = {
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "mixpert_plain": plain,
-    }
-    return type(plain)(plain.__name__, (*mixins, plain), {**names, "__doc__": plain.__doc__})
-
-
-def plain_class(module: nn.Module) -> type:
-    return getattr(type(module), "mixpert_plain", type(module))
 
 
 class Loose(nn.Module):
