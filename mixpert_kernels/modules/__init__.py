@@ -2,6 +2,7 @@
 
 from .expertize import ExpertBlock, expertize
 from .grouped import GroupedLayerNorm, GroupedLinear, GroupedParameter, GroupedRMSNorm
+from .mole import Instruction, MixtureOfLanguageExperts
 from .prenorm import PreNormPlan
 from .router import Router
 
@@ -11,6 +12,8 @@ __all__ = [
     "GroupedLinear",
     "GroupedParameter",
     "GroupedRMSNorm",
+    "Instruction",
+    "MixtureOfLanguageExperts",
     "PreNormPlan",
     "Router",
     "expertize",
