@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _configs, _launch
+from ._catalogue_mome import MOME, PIX2STRUCT, MomeGeometry, PixelGeometry
 from ._compile import signature
 from ._configs import Chip
 
@@ -267,8 +268,13 @@ def launches(chip: Chip, every_config: bool = True) -> list[Launch]:
         (torch.float32, "high", FLOAT32),
         (torch.float32, "highest", FLOAT32),
     ):
-        for name in names:
-            for launch in record(chip, calls[name], Geometry(dtype), name, precision, every_config):
+        made = [
+            (Geometry(dtype), {name: calls[name] for name in names}),
+            (MomeGeometry(dtype), MOME),
+            (PixelGeometry(dtype), PIX2STRUCT),
+        ]
+        for geometry, name, call in ((g, *item) for g, some in made for item in some.items()):
+            for launch in record(chip, call, geometry, name, precision, every_config):
                 code = (launch.kernel_name, signature(launch.kernel, launch.args), launch.config)
                 found.setdefault(repr(code), launch)
     return list(found.values())
@@ -294,8 +300,8 @@ def segment(chip: Chip, geometry: Geometry) -> list[Launch]:
 
 def record(
     chip: Chip,
-    call: Callable[[Geometry], None],
-    geometry: Geometry,
+    call: Callable[[Any], None],
+    geometry: Geometry | MomeGeometry,
     name: str,
     precision: str,
     every_config: bool,

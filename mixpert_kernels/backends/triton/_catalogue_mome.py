@@ -1,0 +1,61 @@
+"""MoME's host functions at the sizes of its reference model, for ``_catalogue``; needs no GPU.
+
+DINOv2's 32 x 32 patches of 1024 channels, Pix2Struct's up to 2048 an image of 768, a language model 4096 wide; four
+adapters of 64 hidden numbers on 600 tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class MomeGeometry:
+    """Tensors without memory, of the sizes of the reference model."""
+
+    dtype: torch.dtype = torch.bfloat16
+    B: int = 8
+    side: int = 16  # of the grid of queries
+    C: int = 1024
+    patches: int = 32 * 32  # an image, on average
+    heads: int = 8
+    points: int = 4
+    layers: int = 6
+    D: int = 4096
+    streams: int = 3
+    K: int = 4
+    H: int = 64
+    T: int = 600
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(*shape, dtype=dtype or self.dtype, device="meta")
+
+    @property
+    def rows(self) -> int:
+        return self.B * self.patches
+
+    @property
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """sizes, cu_seqlens."""
+        return tuple(self.new(*shape, dtype=torch.int32) for shape in ((self.B, 2), (self.B + 1,)))
+
+    @property
+    def ids(self) -> tuple[Tensor | None, ...]:
+        """expert, order, offsets, cu_seqlens."""
+        return *(self.new(n, dtype=torch.int32) for n in (self.B, self.B, self.K + 1)), None
+
+
+@dataclass
+class PixelGeometry(MomeGeometry):
+    """Pix2Struct's branch."""
+
+    C: int = 768
+    patches: int = 2048
+
+
+MOME: dict[str, Callable[[MomeGeometry], None]] = {}
+PIX2STRUCT: dict[str, Callable[[MomeGeometry], None]] = {}
