@@ -1,15 +1,26 @@
 """MoME: mixtures of vision experts and of language experts around a transformers decoder."""
 
+from .build import build
 from .decoders import (
     add_language_experts,
     instruction_of,
     reclone_language_experts,
     remove_language_experts,
 )
+from .encoders import Encoder, load_encoder
+from .model import MomeForConditionalGeneration
+from .processor import Processor
+from .sentence import SentenceEncoder
 
 __all__ = [
+    "Encoder",
+    "MomeForConditionalGeneration",
+    "Processor",
+    "SentenceEncoder",
     "add_language_experts",
+    "build",
     "instruction_of",
+    "load_encoder",
     "reclone_language_experts",
     "remove_language_experts",
 ]
