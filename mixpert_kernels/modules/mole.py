@@ -260,13 +260,14 @@ class MixtureOfLanguageExperts(nn.Module):
         if routing is not None:
             return routing, None
         probabilities = self.probabilities(request.embedding.to(x.device))
-        times, rest = divmod(rows, len(probabilities))
-        if rest or not times:
+        samples = len(probabilities)
+        if rows % samples:
             raise ValueError(
-                f"{NAME}: instructions must be as many as the samples of the batch, or their beams a whole number "
-                f"of times, got {len(probabilities)} instructions for {rows} rows"
+                f"{NAME}: instructions must be one for each sample, each a whole number of the batch's rows, "
+                f"got {samples} instructions for {rows} rows"
             )
-        if times > 1:
+        times = rows // samples
+        if times != 1:
             probabilities = probabilities.repeat_interleave(times, dim=0)
         scores = probabilities.detach()
         routing = Routing.forced(scores.argmax(1), self.experts, scores)
