@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from .answers import answers, tokenized
 from .loading import (
     Preprocess,
     kind_of,
@@ -26,9 +27,7 @@ from .tower import FusedMixpertTower
 
 if TYPE_CHECKING:
     from mixpert_kernels.training.data import Sample
-    from mixpert_kernels.training.recipe import Model
-
-IGNORED = -100  # the label of a token that is no answer
+    from mixpert_kernels.training.recipe_model import Model
 
 
 class HeadOutput(NamedTuple):
@@ -129,18 +128,7 @@ class PrefixLM(nn.Module):
 
     def targets(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """What ``forward`` takes besides the pixels, on the CPU: tokens (I, N) padded to the right, and labels."""
-        rows = [self._tokens(sample) for sample in samples]
-        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-        pad = self.tokenizer.pad_token_id or 0  # any token: it is masked
-        tokens = torch.full((len(rows), longest), pad)
-        labels = torch.full((len(rows), longest), IGNORED)
-        mask = torch.zeros(len(rows), longest, dtype=torch.int64)
-        for i, (prompt, answer) in enumerate(rows):
-            end = len(prompt) + len(answer)
-            tokens[i, :end] = torch.tensor(prompt + answer)
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-            mask[i, :end] = 1
-        return {"tokens": tokens, "labels": labels, "mask": mask}
+        return tokenized(self.tokenizer, samples)
 
     def forward(
         self,
@@ -160,27 +148,12 @@ class PrefixLM(nn.Module):
             attention_mask=torch.cat([seen, mask], 1),
             use_cache=False,
         ).logits
-        ahead = logits[:, prefix.shape[1] - 1 : -1].float()  # (I, N, V): what comes at each place
-        losses = F.cross_entropy(
-            ahead.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
-        ).sum(1)
-        answer = labels != IGNORED
-        correct = ((ahead.argmax(-1) == labels) | ~answer).all(1)
-        return HeadOutput(losses, answer.sum(1), correct, out.expert)
+        return HeadOutput(*answers(logits, labels), out.expert)
 
     def save_head(self, directory: Path) -> None:
         """Write the language model and its tokenizer, as transformers does."""
         self.language.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-
-    def _tokens(self, sample: Sample) -> tuple[list[int], list[int]]:
-        prompt = self.tokenizer(f"{sample.prompt}\n", add_special_tokens=False).input_ids
-        answer = self.tokenizer(sample.text, add_special_tokens=False).input_ids
-        if self.tokenizer.eos_token_id is not None:
-            answer = [*answer, self.tokenizer.eos_token_id]
-        if not answer:
-            raise ValueError(f"PrefixLM: answer of {sample.name} must have a token, got none")
-        return prompt, answer
 
 
 def build(settings: Model, classes: Sequence[str]) -> tuple[Classifier | PrefixLM, Preprocess]:
@@ -205,7 +178,7 @@ def build(settings: Model, classes: Sequence[str]) -> tuple[Classifier | PrefixL
         vision, projector = _random_vision(settings.siglip), None
     language, width = None, settings.projector
     if settings.language is not None:
-        language, tokenizer = _load_language(settings.language)
+        language, tokenizer = load_language(settings.language)
         words = language.get_input_embeddings().weight.shape[1]
         width = words if width is None and projector is None else width
     if width is not None:
@@ -259,7 +232,8 @@ def _random_vision(sizes: Any) -> nn.Module:
     )
 
 
-def _load_language(directory: Path) -> tuple[nn.Module, Any]:
+def load_language(directory: Path) -> tuple[nn.Module, Any]:
+    """Load a causal language model, in float32 and in eval mode, and its tokenizer; ValueError if it is none."""
     with one_line("train", directory, "a causal language model with its tokenizer"):
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         AutoConfig.from_pretrained(directory, **local)

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     indices: list[int]
     samples: list[Sample]
-    pixels: Tensor  # (I, 3, H, W); (0,) where there is no image
+    pixels: Any  # (I, 3, H, W), or what preprocess gives of I images; (0,) where there is no image
     skipped: list[Skipped]
 
 
@@ -99,7 +99,7 @@ class Reading:
     """How a run's processes read images and compute on them.
 
     Attributes:
-        experts: the names of the domains, by expert.
+        experts: the names of the domains, by expert; or of the tasks.
         preprocess: images to pixels.
         group: the processes.
         workers: processes that decode images for each of them; 0: it does so itself.
@@ -131,8 +131,8 @@ class Reading:
         """The samples' experts (I,), int64."""
         return torch.tensor([self.experts.index(s.domain) for s in samples], dtype=torch.int64)
 
-    def blank(self) -> Tensor:
-        """Pixels (1, 3, H, W) of an empty image."""
+    def blank(self) -> Any:
+        """What ``preprocess`` makes of an empty image."""
         from PIL import Image
 
         return self.preprocess([Image.new("RGB", (8, 8))])
@@ -165,7 +165,14 @@ class _Reader(Dataset):
             kept.append(index)
             pixels.append(self.preprocess([image]))
         samples = [self.images.samples[index] for index in kept]
-        return Batch(kept, samples, torch.cat(pixels) if pixels else torch.empty(0), skipped)
+        return Batch(kept, samples, _joined(pixels) if pixels else torch.empty(0), skipped)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Several images' tensors, or tables of tensors, one after the other."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return {name: _joined([part[name] for part in parts]) for name in parts[0]}
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-COLUMNS = {"label": ("image", "domain", "label"), "text": ("image", "domain", "prompt", "text")}
+COLUMNS = {
+    "label": ("image", "domain", "label"),
+    "text": ("image", "domain", "prompt", "text"),
+    "instruction": ("image", "instruction", "text"),
+}
+ONE_TASK = "all"  # the domain of instructions that come without
+FIELDS = {"instruction": "prompt"}  # of a Sample, where a column's name is another
 MANIFESTS = (".csv", ".jsonl")
 SAVED_DATASET = ("state.json", "dataset_info.json")  # what `Dataset.save_to_disk` leaves behind
 
@@ -28,9 +34,9 @@ class Sample:
 
     Attributes:
         name: what to call it in messages: its path, or its row.
-        domain: the expert it belongs to.
+        domain: the expert it belongs to, or the task.
         label: its class, for a classifier.
-        prompt: the question, for a language model.
+        prompt: the question or instruction, for a language model.
         text: the answer.
     """
 
@@ -88,22 +94,22 @@ class ImageSet:
         return digest.hexdigest()
 
 
-def read_images(path: Path | str, kind: str, experts: Sequence[str]) -> ImageSet:
+def read_images(path: Path | str, kind: str, experts: Sequence[str] | None) -> ImageSet:
     """List the images of a data set; none is decoded.
 
     ``path`` is one of:
 
     - a folder: ``DOMAIN/LABEL/image.png``, or for text ``DOMAIN/image.png`` with ``image.txt`` beside it, whose first
-      line is the question and the rest the answer;
+      line is the question, or instruction, and the rest the answer;
     - a ``.csv`` or ``.jsonl`` manifest with columns ``image`` and ``domain``, and ``label``, or ``prompt`` and
-      ``text``; images relative to the manifest;
+      ``text``, or ``instruction`` and ``text``, which need no ``domain``; images relative to the manifest;
     - a directory that ``datasets.Dataset.save_to_disk`` wrote, with those columns; ``image`` a ``datasets.Image`` or
       a path relative to the directory.
 
     Args:
         path: where the data is.
-        kind: ``label`` or ``text``.
-        experts: the names a domain may have.
+        kind: ``label``, ``text`` or ``instruction``.
+        experts: the names a domain may have; None for any.
 
     Raises:
         ValueError: the path is none of these, a column or caption is missing, a domain is empty or is no expert's
@@ -130,6 +136,11 @@ def read_images(path: Path | str, kind: str, experts: Sequence[str]) -> ImageSet
     return found
 
 
+def domains_of(images: ImageSet) -> list[str]:
+    """The different domains, sorted."""
+    return sorted({sample.domain for sample in images.samples})
+
+
 def check_every_domain(images: ImageSet, experts: Sequence[str], path: Path) -> None:
     """Raise ValueError unless there is an image for each expert to learn from but the versatile one, the first."""
     there = {sample.domain for sample in images.samples}
@@ -148,19 +159,19 @@ def check_labels_known(images: ImageSet, classes: Sequence[str], path: Path) -> 
             )
 
 
-def _check_domain(domain: str, experts: Sequence[str], where: str | Path) -> None:
-    if domain not in experts:
+def _check_domain(domain: str, experts: Sequence[str] | None, where: str | Path) -> None:
+    if experts is not None and domain not in experts:
         raise ValueError(
             f"train: domain must be one of {', '.join(experts)}, got {domain} at {where}"
         )
 
 
-def _folder(root: Path, kind: str, experts: Sequence[str]) -> ImageSet:
+def _folder(root: Path, kind: str, experts: Sequence[str] | None) -> ImageSet:
     samples: list[Sample] = []
     paths: list[Path] = []
     for domain in _subfolders(root):
         _check_domain(domain.name, experts, domain)
-        rows = _labelled(domain) if kind == "label" else _captioned(domain)
+        rows = _labelled(domain) if kind == "label" else _captioned(domain, kind)
         before = len(samples)
         for path, sample in rows:
             samples.append(sample)
@@ -179,7 +190,7 @@ def _labelled(domain: Path) -> Iterator[tuple[Path, Sample]]:
             yield path, Sample(str(path), domain.name, label=label.name)
 
 
-def _captioned(domain: Path) -> Iterator[tuple[Path, Sample]]:
+def _captioned(domain: Path, kind: str) -> Iterator[tuple[Path, Sample]]:
     for path in _image_files(domain):
         caption = path.with_suffix(".txt")
         if not caption.is_file():
@@ -189,6 +200,8 @@ def _captioned(domain: Path) -> Iterator[tuple[Path, Sample]]:
             raise ValueError(
                 f"train: caption must have an answer after its first line, got {caption}"
             )
+        if kind == "instruction" and not prompt.strip():
+            raise ValueError(f"train: caption must begin with an instruction, got {caption}")
         yield path, Sample(str(path), domain.name, prompt=prompt.strip(), text=text.strip())
 
 
@@ -208,7 +221,9 @@ def _manifest(path: Path, kind: str) -> ImageSet:
 
 
 def _sample(name: str, row: dict[str, Any], kind: str) -> Sample:
-    return Sample(name, **{column: str(row[column]) for column in COLUMNS[kind][1:]})
+    columns = COLUMNS[kind][1:]
+    values = {FIELDS.get(column, column): str(row[column]) for column in columns}
+    return Sample(name, **{"domain": str(row.get("domain") or ONE_TASK), **values})
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -253,13 +268,17 @@ def _saved_dataset(path: Path, kind: str) -> ImageSet:
         raise ValueError(f"train: dataset must have a column {missing[0]}, got {path} without it")
     if isinstance(table.features["image"], datasets.Image):
         table = table.cast_column("image", datasets.Image(decode=False))
-    columns = {name: table[name][:] for name in COLUMNS[kind][1:]}
+    wanted = [*COLUMNS[kind][1:], *(["domain"] if "domain" in table.column_names else [])]
+    columns = {name: table[name][:] for name in dict.fromkeys(wanted)}
     labels = table.features.get("label")
     if isinstance(labels, datasets.ClassLabel) and "label" in columns:
         columns["label"] = labels.int2str(columns["label"])
     rows = [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
+    for i, row in enumerate(rows):
+        if kind == "instruction" and not str(row["instruction"] or "").strip():
+            raise ValueError(f"train: instruction must not be empty, got {path}[{i}] without one")
     samples = [_sample(f"{path}[{i}]", row, kind) for i, row in enumerate(rows)]
     return ImageSet(samples, [_Cell(table, i, path) for i in range(len(rows))])
 

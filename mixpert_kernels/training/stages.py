@@ -115,7 +115,7 @@ def set_stage(model: nn.Module, stage: str, *, num_experts: int | None = None) -
     if stage == "experts" and not _guards:
         _guards.append(register_optimizer_step_pre_hook(_refuse_stock_optimizers))
     if not (dist.is_initialized() and dist.get_rank()):
-        _print_table(stage, rows)
+        print_stage(stage, rows)
     return rows
 
 
@@ -155,7 +155,8 @@ def is_grouped(parameter: nn.Parameter) -> bool:
     )
 
 
-def _print_table(stage: str, rows: list[StageRow]) -> None:
+def print_stage(stage: str, rows: list[StageRow]) -> None:
+    """Print what a stage trains, as a table."""
     head = (f"stage {stage}", *StageRow._fields[1:])
     print_table([head, *(tuple(map(str, row)) for row in rows)])
 

@@ -14,15 +14,15 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "optimizer-steps-everyone",
         "experts without an image are stepped, too",
-        f"{TRAINING}/optimizer.py",
+        f"{TRAINING}/_parted.py",
         "                if hit:",
-        "                if hit or self._experts[e].steps:",
+        "                if hit or parts[e].steps:",
         ALONE,
     ),
     Mutant(
         "optimizer-keeps-hits",
         "the hits of a step are not forgotten",
-        f"{TRAINING}/optimizer.py",
+        f"{TRAINING}/_parted.py",
         "        self._forget()\n        return loss",
         "        return loss",
         "tests/test_optimizer_hits.py",
