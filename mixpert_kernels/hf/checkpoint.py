@@ -78,11 +78,13 @@ def _read_object(path: Path, name: str) -> dict:
     return found
 
 
-def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_whole(
+    directory: str | os.PathLike, write: Callable[[Path], None], ours: tuple[str, ...] = ()
+) -> None:
     """Have ``write`` fill a new directory, then put it in the place of ``directory``.
 
     Until the files are complete the old checkpoint is not touched. Files in the directory that are no part of a
-    checkpoint (an image processor's, say) are kept.
+    checkpoint (an image processor's, say) are kept; ``ours`` names directories that are.
     """
     path = Path(directory).resolve()  # a link stays one, and "." has a name
     if path.is_file():
@@ -93,7 +95,7 @@ def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> 
     try:
         write(draft)
         if path.exists():
-            _keep_others(path, draft)
+            _keep_others(path, draft, ours)
         os.chmod(draft, 0o777 & ~_umask())
         backup = _backup(path)
         if path.exists():
@@ -106,10 +108,10 @@ def write_whole(directory: str | os.PathLike, write: Callable[[Path], None]) -> 
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _keep_others(old: Path, new: Path) -> None:
+def _keep_others(old: Path, new: Path, directories: tuple[str, ...]) -> None:
     for entry in old.iterdir():
         weights = entry.name.startswith("model") and entry.suffix == ".safetensors"
-        ours = entry.name in (CONFIG, INDEX) or weights
+        ours = entry.name in (CONFIG, INDEX, *directories) or weights
         if ours or (new / entry.name).exists():
             continue
         if entry.is_dir():

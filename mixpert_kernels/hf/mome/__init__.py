@@ -9,18 +9,26 @@ from .decoders import (
 )
 from .encoders import Encoder, load_encoder
 from .model import MomeForConditionalGeneration
+from .original import load_original
 from .processor import Processor
+from .routes import Routes, route
+from .saving import load, save
 from .sentence import SentenceEncoder
 
 __all__ = [
     "Encoder",
     "MomeForConditionalGeneration",
     "Processor",
+    "Routes",
     "SentenceEncoder",
     "add_language_experts",
     "build",
     "instruction_of",
+    "load",
     "load_encoder",
+    "load_original",
     "reclone_language_experts",
     "remove_language_experts",
+    "route",
+    "save",
 ]

@@ -139,8 +139,7 @@ def _llm(given: Any, sources: dict[str, Path]) -> PreTrainedModel:
 def _sentence_encoder(given: Any, sources: dict[str, Path]) -> Any:
     if isinstance(given, str | Path):
         sources["sentence_encoder"] = Path(given)
-        with quiet():
-            return SentenceEncoder(given)
+        return SentenceEncoder(given)
     if given is not None and not callable(given):
         raise ValueError(
             f"build: sentence_encoder must be a directory, a function or None, got {_of(given)}"

@@ -46,9 +46,7 @@ KINDS = {
     "instructblip_vision_model": Kind("InstructBlipVisionModel", normed=False, cut=True),
     "siglip_vision_model": Kind("SiglipVisionModel", cls=False),
     "dinov2": Kind("Dinov2Model"),
-    "dinov2_with_registers": Kind(
-        "Dinov2WithRegistersModel", registers="num_register_tokens"
-    ),
+    "dinov2_with_registers": Kind("Dinov2WithRegistersModel", registers="num_register_tokens"),
     "vit": Kind("ViTModel"),
     "pix2struct_vision_model": Kind("Pix2StructVisionModel", cls=False, packed=True),
 }

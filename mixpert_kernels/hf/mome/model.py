@@ -122,8 +122,8 @@ class MomeForConditionalGeneration(nn.Module):
             labels: -100 where nothing is learnt.
             images: by branch, the inputs of its encoder for B images, as ``processor`` makes them, or their
                 ``Features``; None: text alone, without placeholders.
-            instructions: one a sample: texts, or embeddings (B, S). They choose the experts; the LLM reads ``input_ids``
-                alone. May be None where no expert is asked.
+            instructions: one a sample: texts, or embeddings (B, S). They choose the experts; the LLM reads
+                ``input_ids`` alone. May be None where no expert is asked.
             options: of the LLM's own forward.
 
         Returns:
@@ -267,7 +267,9 @@ class MomeForConditionalGeneration(nn.Module):
         if counts.device.type == "cpu":
             wrong = [n for n in counts.tolist() if n != wanted]
             if wrong:
-                with_images = "one placeholder a sample" if seen else "no placeholder without images"
+                with_images = (
+                    "one placeholder a sample" if seen else "no placeholder without images"
+                )
                 raise ValueError(
                     f"{NAME}: input_ids must have {with_images}, token {self.image_token_id}, got {wrong[0]}"
                 )
@@ -305,7 +307,7 @@ def group_of(name: str, model: nn.Module) -> str:
 
 
 def _order(text: int, visual: int, first: Tensor, taken: int) -> Tensor:
-    """Indices (B, T') into a sample's text and, after it, visual tokens: these in the place of ``taken`` at ``first``."""
+    """Indices (B, T') into a sample's text, then its visual tokens: these replace ``taken`` words at ``first``."""
     place = torch.arange(text - taken + visual, device=first.device)
     after = place - first[:, None]  # (B, T'): 0 at the first visual token
     words = torch.where(after < 0, place, place - visual + taken)

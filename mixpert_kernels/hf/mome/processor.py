@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoImageProcessor
 
-from mixpert_kernels.hf.loading import PREPROCESSING_FILES, one_line
+from mixpert_kernels.hf.loading import PREPROCESSING_FILES, one_line, quiet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,7 +67,8 @@ def load_image_processor(directory: Path) -> ImageProcessor | None:
     """
     if not any((directory / name).is_file() for name in PREPROCESSING_FILES):
         return None
-    with one_line("load_image_processor", directory, "a checkpoint with a usable image processor"):
+    wanted = "a checkpoint with a usable image processor"
+    with quiet(), one_line("load_image_processor", directory, wanted):
         processor = AutoImageProcessor.from_pretrained(directory, backend="pil", **LOCAL)
     if getattr(processor, "is_vqa", False):
         processor.is_vqa = False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mixpert_kernels.hf.loading import directory_of, one_line
+from mixpert_kernels.hf.loading import directory_of, one_line, quiet
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Embed = Callable[[list[str]], Tensor]  # B texts -> (B, width)
@@ -25,16 +25,17 @@ class SentenceEncoder(nn.Module):
 
     Args:
         directory: of a transformers checkpoint with its tokenizer. Nothing is downloaded.
-        dtype: of the weights; float32 by default, for the model is small and its result decides.
+        dtype: of the weights; ``"auto"`` keeps the checkpoint's.
 
     Raises:
         ValueError: the directory is missing, or is no such checkpoint.
     """
 
-    def __init__(self, directory: Path | str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, directory: Path | str, dtype: torch.dtype | str = "auto") -> None:
         super().__init__()
         self.directory = directory = directory_of("SentenceEncoder", directory)
-        with one_line("SentenceEncoder", directory, "a transformers text encoder and tokenizer"):
+        wanted = "a transformers text encoder and tokenizer"
+        with quiet(), one_line("SentenceEncoder", directory, wanted):
             self.tokenizer = AutoTokenizer.from_pretrained(directory, **LOCAL)
             model, report = AutoModel.from_pretrained(
                 directory, dtype=dtype, output_loading_info=True, **LOCAL
