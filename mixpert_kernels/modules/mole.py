@@ -120,8 +120,9 @@ class InstructionRouter(nn.Sequential):
             for layer in self:
                 if type(layer) is nn.Linear:
                     x = F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-                else:  # the GELU, or what wraps a Linear, such as a LoRA's
-                    x = layer(x)
+                else:  # the GELU, or what wraps a Linear, such as a LoRA's, in its own dtype
+                    floating = (p for p in layer.parameters() if p.is_floating_point())
+                    x = layer(x.to(next(floating, x).dtype)).to(x.dtype)
         return x
 
 
