@@ -24,6 +24,14 @@ NAMES = ("value", "offsets", "logits", "reference")
 RAGGED = [(3, 5), (1, 1), (7, 2), (1, 19), (16, 16)]
 
 
+@pytest.fixture(params=["fixed order", "any order"])
+def order(request):
+    """How the gradient of value is added; the suite runs in PyTorch's deterministic mode, which asks for the first."""
+    torch.use_deterministic_algorithms(request.param == "fixed order", warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def skip_unless_served(backend, dtype):
     reason = why_not("deform_attn", backend, device="cpu", dtype=dtype)
     if reason is not None:
@@ -109,7 +117,7 @@ def test_by_hand():
     [(RAGGED, 24), ([(1, 2048), (45, 45), (2048, 1), (32, 64), (9, 4)], 8)],
     ids=["small", "wide"],
 )
-def test_equals_the_loop_over_grid_sample(sizes, d, backend):
+def test_equals_the_loop_over_grid_sample(sizes, d, backend, order):
     """In float32 to 1e-5; the loop runs in float64, for in float32 its positions lose 1e-4 at 2048 patches."""
     shape = {"queries": 8, "heads": 2, "d": d}
     tensors = problem(sizes, points=4, dtype=torch.float32, **shape)
@@ -118,13 +126,14 @@ def test_equals_the_loop_over_grid_sample(sizes, d, backend):
     double = [t.double() for t in tensors]
     truth = run(lambda *t: by_grid_sample(sizes, *t), double, dy.double())
     assert tensors[1].abs().max() > 4 and truth["y"].eq(0).any()  # some queries see nothing
-    limit = 1e-5 if backend != "triton" or max(w for _, w in sizes) < 64 else 1e-4
+    # Interpreted, there is no fused multiply-add, and with it go the digits that it keeps.
+    limit = 1e-4 if backend == "triton" and d == 8 else 1e-5
     for name in truth:
         assert relative(got[name], truth[name]) < limit, name
 
 
 @pytest.mark.parametrize("backend", HERE)
-def test_equals_deformable_detr_of_one_level(backend):
+def test_equals_deformable_detr_of_one_level(backend, order):
     """Of one size, as theirs must be; their reference is one for each image, ours is shared."""
     height, width, batch = 5, 7, 3
     sizes = [(height, width)] * batch
@@ -151,7 +160,7 @@ def test_equals_deformable_detr_of_one_level(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", HERE)
-def test_is_as_accurate_as_plain_pytorch(backend, dtype):
+def test_is_as_accurate_as_plain_pytorch(backend, dtype, order):
     """Half precision: as the loop in float32, its results rounded once."""
     skip_unless_served(backend, dtype)
     tensors = problem(RAGGED, dtype=dtype)
