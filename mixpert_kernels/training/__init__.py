@@ -1,7 +1,9 @@
 """Training: its stages, experts side by side, the router and its thresholds."""
 
+from .adapter_optimizer import AdapterOptimizer
 from .calibration import Calibration, calibrate
 from .loss import per_expert_mean
+from .mome_stages import MOME_STAGES, set_mome_stage
 from .optimizer import ExpertOptimizer, shard_placement
 from .recipe import Recipe
 from .router import fit_router
@@ -16,7 +18,9 @@ from .stages import (
 )
 
 __all__ = [
+    "MOME_STAGES",
     "STAGES",
+    "AdapterOptimizer",
     "Calibration",
     "ExpertOptimizer",
     "Recipe",
@@ -26,6 +30,7 @@ __all__ = [
     "fit_router",
     "grouped_parameters",
     "per_expert_mean",
+    "set_mome_stage",
     "set_stage",
     "shard_placement",
     "stage_of",

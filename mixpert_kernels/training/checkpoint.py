@@ -65,7 +65,7 @@ def save_whole(path: Path, state: dict[str, Any]) -> None:
 def check_finite(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Raise RuntimeError if one of the model's weights in ``state`` is not finite: nothing could go on from it."""
     for name, _ in model.named_parameters():
-        if not bool(state[name].isfinite().all()):
+        if name in state and not bool(state[name].isfinite().all()):
             raise RuntimeError(
                 f"train: weights must be finite to be saved, got {name} after {where}; the last checkpoint is as it was"
             )
@@ -76,7 +76,10 @@ def clean(output: Path) -> None:
     for draft in output.glob(".*"):
         if draft.name.endswith(".draft"):
             draft.unlink()
-        elif draft.name.lstrip(".").startswith(("tower.", "head.")) and draft.suffix != ".old":
+        elif (
+            draft.name.lstrip(".").startswith(("tower.", "head.", "model."))
+            and draft.suffix != ".old"
+        ):
             shutil.rmtree(draft, ignore_errors=True)  # .old: what it was to replace, put back later
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,10 +116,12 @@ def spread(model: nn.Module, group: Group, parallel: str) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, find_unused_parameters=True)
 
 
-def full_state(model: nn.Module, keep: bool) -> dict[str, Tensor]:
+def full_state(model: nn.Module, keep: bool, without: Collection[str] = ()) -> dict[str, Tensor]:
     """The model's tensors on the CPU, whole; every process must call this, and gets an empty one without ``keep``."""
     found = {}
     for name, tensor in model.state_dict().items():
+        if name in without:
+            continue
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if keep:
             found[name] = whole.detach().cpu()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoint import load_checkpoint
-from .data import ImageSet, check_every_domain, check_labels_known, read_images
+from .data import ImageSet, check_every_domain, check_labels_known, domains_of, read_images
 from .output import RESULTS
 from .recipe import Recipe, Stage, changed_keys
 
@@ -33,10 +33,11 @@ def read_data(recipe: Recipe) -> RunData:
     """
     data, kind = recipe.data, recipe.model.kind
     train = read_images(data.train, kind, data.experts)
-    check_every_domain(train, data.experts, data.train)
+    names = data.experts or domains_of(train)
+    check_every_domain(train, names, data.train)
     others: list[ImageSet | None] = []
     for path in (data.test, data.held_out):
-        found = None if path is None else read_images(path, kind, data.experts)
+        found = None if path is None else read_images(path, kind, names)
         if path is not None and found is not None and kind == "label":
             check_labels_known(found, train.labels(), path)
         others.append(found)
@@ -71,6 +72,17 @@ def load_saved(recipe: Recipe, train: ImageSet) -> dict[str, Any] | None:
             "output to start anew"
         )
     return saved
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], frozen: set[str]) -> None:
+    """Load a checkpoint's tensors: all of the model's but the frozen ones, which it was built with."""
+    expected = model.state_dict().keys() - frozen
+    if expected != state.keys():
+        other = sorted(expected ^ state.keys())
+        raise ValueError(
+            f"train: checkpoint must hold the tensors that train, got a difference in {other[0]}"
+        )
+    model.load_state_dict(state, strict=False)
 
 
 def finished_results(recipe: Recipe, saved: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -16,32 +15,23 @@ from .batches import Order, Reading, Skipped, derive, seed_everything
 from .calibration import calibrate
 from .checkpoint import check_finite, clean, save_checkpoint
 from .curve import curve_report
-from .data import ImageSet
+from .data import ImageSet, Sample
 from .distributed import Group, full_state, process_group, spread
-from .evaluation import evaluate, mean_over_domains, pooled_features, print_evaluation, trunk_key
+from .evaluation import pooled_features, trunk_key
 from .metrics import Clock, Metrics, SkipList
-from .optimizer import ExpertOptimizer
 from .output import (
     load_features,
     save_features,
-    save_model,
     write_calibration,
     write_nan_batch,
     write_results,
-    write_routes,
 )
-from .prepare import (
-    RunData,
-    check_output,
-    finished_results,
-    load_saved,
-    make_optimizer,
-    read_data,
-)
+from .prepare import RunData, check_output, finished_results, load_saved, load_weights, read_data
 from .recipe import Recipe, Stage
 from .router import fit_router
 from .stages import find_tower, set_stage
 from .step import StepReport, run_step
+from .system import system_of
 
 
 def train(recipe: Recipe, *, progress: bool = True) -> dict[str, Any]:
@@ -91,6 +81,7 @@ class _Run:
         progress: bool,
     ) -> None:
         self.recipe, self.data, self.group = recipe, data, group
+        self.system = system_of(recipe, data.train)
         self.stage, self.step = 0, 0  # the stage under way, and its steps done
         self.optimizer_state: dict[str, Any] | None = None
         self._build(saved, progress)
@@ -122,18 +113,13 @@ class _Run:
         return self._finish()
 
     def _clone(self) -> None:
-        experts = self.recipe.data.experts
-        set_stage(self.model, "clone", num_experts=len(experts))
-        find_tower(self.model).config.expert_names = list(experts)
+        self.system.clone(self.model)
 
     def _train(self, stage: Stage) -> None:
         recipe, group, model = self.recipe, self.group, self.model
-        set_stage(model, stage.name)
+        self.system.set_stage(model, stage)
         runner = spread(model.train(), group, recipe.parallel)
-        clip = stage.max_norm or None
-        optimizer = ExpertOptimizer(
-            model, partial(make_optimizer, stage), max_norm=clip, schedule=stage.factor
-        )
+        optimizer = self.system.optimizer(model, stage)
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         order = Order(recipe.seed, self.stage, len(self.data.train))
@@ -152,7 +138,7 @@ class _Run:
                 if report.images:
                     optimizer.step()
                 self.step = step
-                self._log(stage, optimizer, report, clock)
+                self._log(stage, optimizer, report, batch.samples, clock)
                 bar.set_postfix(loss=f"{report.loss:.4g}", refresh=False)
                 if step % recipe.checkpoint_every == 0 and step < stage.steps:
                     self._save(optimizer)
@@ -198,24 +184,16 @@ class _Run:
         return pooled_features(self.model, images, self.reading, self._skip, "features")
 
     def _finish(self) -> dict[str, Any]:
-        """Calibrate, save the tower and the head, evaluate; all of it follows from the last checkpoint."""
+        """Calibrate, save what was trained, evaluate; all of it follows from the last checkpoint."""
         recipe = self.recipe
-        results: dict[str, Any] = {"recipe": recipe.to_dict(), "experts": list(recipe.data.experts)}
+        results: dict[str, Any] = {"recipe": recipe.to_dict(), **self.system.describe()}
         if recipe.calibrate is not None:
             results["calibration"] = self._calibrate(recipe.calibrate.max_errors)
         if self.group.first:
-            save_model(self.model, recipe)
-            print(f"saved     {recipe.output / 'tower'} and {recipe.output / 'head'}")
+            saved = self.system.save(self.model)
+            print(f"saved     {' and '.join(str(recipe.output / name) for name in saved)}")
         if self.data.test is not None:
-            routed = any(stage.name == "router" for stage in recipe.stages)
-            test, skip = self.data.test, self._skip
-            table, routes = evaluate(self.model, test, self.reading, skip, routed=routed)
-            results |= {"domains": table, "mean": mean_over_domains(table)}
-            print_evaluation(table)
-            if routes:
-                results["routes"] = routes
-                if self.group.first:
-                    write_routes(recipe.output, routes)
+            results |= self.system.evaluate(self.model, self.data.test, self.reading, self._skip)
         results["skipped"] = self.group.gather(len(self.skips.seen))[0]
         if self.group.first:
             if self.skips.seen:
@@ -231,7 +209,7 @@ class _Run:
         result = calibrate(tower, features.to(device), domains.to(device), max_errors=max_errors)
         report = {"max_errors": max_errors, **curve_report(result, len(features))}
         if self.group.first:
-            write_calibration(self.recipe.output, result, report, self.recipe.data.experts[0])
+            write_calibration(self.recipe.output, result, report, self.system.names[0])
         return {key: value for key, value in report.items() if key != "curve"}
 
     def _skip(self, skipped: Sequence[Skipped]) -> None:
@@ -252,23 +230,25 @@ class _Run:
             "batch's images, and the last checkpoint is as it was"
         )
 
-    def _log(self, stage: Stage, optimizer: Any, report: StepReport, clock: Clock) -> None:
+    def _log(
+        self,
+        stage: Stage,
+        optimizer: Any,
+        report: StepReport,
+        samples: list[Sample],
+        clock: Clock,
+    ) -> None:
         clock.images += report.images
         if self.step % self.recipe.log_every and self.step < stage.steps:
             return
-        names = self.recipe.data.experts
-        rates = {
-            name: stage.lr * stage.factor(steps - 1)
-            for name, steps in zip(names, optimizer.steps, strict=False)
-            if steps
-        }
+        own = self.system.row(self.model, stage, self.step, optimizer, samples, self.reading)
         self._write_row(
             {
                 "loss": report.loss,
                 "loss_of": report.by_domain,
                 "share": report.share,
                 "norm": optimizer.last_norms,
-                "lr": rates,
+                **own,
                 "images": report.images,
                 "images_per_s": clock.rate(),
                 "skipped": len(report.skipped),
@@ -298,8 +278,8 @@ class _Run:
             "data": self.data.train.fingerprint,
             "stage": self.stage,
             "step": self.step,
-            "experts": find_tower(self.model).config.num_experts,
-            "model": full_state(self.model, keep=self.group.first),
+            "experts": self.system.experts(self.model),
+            "model": full_state(self.model, self.group.first, self.system.frozen(self.model)),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
         }
         failure = None
@@ -316,28 +296,26 @@ class _Run:
 
     def _build(self, saved: dict[str, Any] | None, progress: bool) -> None:
         """Build the model, of one expert or as many as the checkpoint's, and load its weights."""
-        from mixpert_kernels.hf.heads import build
-
         recipe = self.recipe
         seed_everything(recipe.seed, "model")
-        self.model, preprocess = build(recipe.model, self.data.train.labels())
-        find_tower(self.model).config.expert_names = list(recipe.data.experts[:1])
+        self.model, preprocess = self.system.build(self.data.train.labels())
         if saved is not None:
             if saved["experts"] > 1:
                 with contextlib.redirect_stdout(io.StringIO()):
                     self._clone()
-            self.model.load_state_dict(saved["model"])
+            load_weights(self.model, saved["model"], self.system.frozen(self.model))
         self.model.to(self.group.device)
         data = recipe.data
+        names = self.system.names
         self.reading = Reading(
-            data.experts, preprocess, self.group, data.workers, recipe.precision, progress
+            names, preprocess, self.group, data.workers, recipe.precision, progress
         )
 
     def _gather_model(self) -> None:
         """Give every process a whole model again, from the parts that FSDP left in each."""
         state = {
             "model": full_state(self.model, keep=True),
-            "experts": find_tower(self.model).config.num_experts,
+            "experts": self.system.experts(self.model),
         }
         self._build(state, self.reading.progress)
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_optimizer import AdapterOptimizer
 from .batches import Batch, Reading, Skipped
 from .data import Sample
 from .loss import per_expert_mean
 from .optimizer import ExpertOptimizer
-from .stages import find_tower
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class StepReport:
 def run_step(
     model: nn.Module,
     runner: nn.Module,
-    optimizer: ExpertOptimizer,
+    optimizer: ExpertOptimizer | AdapterOptimizer,
     batch: Batch,
     reading: Reading,
     dummy: Sample,
@@ -56,7 +56,8 @@ def run_step(
         dummy: the sample whose targets go with an empty image where this process has none, for it to take part in
             what all processes do together.
     """
-    experts = find_tower(model).config.num_experts
+    tower = getattr(model, "tower", None)  # MoME has none: its routers choose
+    experts = 1 if tower is None else tower.config.num_experts
     domain = reading.domains(batch.samples)
     route = domain if experts > 1 else torch.zeros_like(domain)
     with reading.autocast():
@@ -68,7 +69,7 @@ def run_step(
 def _losses(
     model: Any,
     runner: nn.Module,
-    optimizer: ExpertOptimizer,
+    optimizer: ExpertOptimizer | AdapterOptimizer,
     batch: Batch,
     route: Tensor,
     reading: Reading,
@@ -76,9 +77,12 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     device = reading.group.device
 
-    def run(pixels: Tensor, samples: Sequence[Sample], expert: Tensor) -> tuple[Tensor, Tensor]:
+    def run(pixels: Any, samples: Sequence[Sample], expert: Tensor) -> tuple[Tensor, Tensor]:
         targets = {name: t.to(device) for name, t in model.targets(samples).items()}
-        out = runner(pixels.to(device, non_blocking=True), **targets, expert=expert)
+        if isinstance(pixels, Tensor):  # encoders of several kinds move theirs themselves
+            pixels = pixels.to(device, non_blocking=True)
+        forced = {"expert": expert} if hasattr(model, "tower") else {}
+        out = runner(pixels, **targets, **forced)
         return out.losses, out.counts
 
     if batch.samples:
