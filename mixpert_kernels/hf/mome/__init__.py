@@ -8,22 +8,24 @@ from .decoders import (
     remove_language_experts,
 )
 from .encoders import Encoder, load_encoder
-from .model import MomeForConditionalGeneration
+from .model import MomeForConditionalGeneration, Prompt
 from .original import load_original
 from .processor import Processor
 from .routes import Routes, route
-from .saving import load, save
+from .saving import is_saved, load, save
 from .sentence import SentenceEncoder
 
 __all__ = [
     "Encoder",
     "MomeForConditionalGeneration",
     "Processor",
+    "Prompt",
     "Routes",
     "SentenceEncoder",
     "add_language_experts",
     "build",
     "instruction_of",
+    "is_saved",
     "load",
     "load_encoder",
     "load_original",
