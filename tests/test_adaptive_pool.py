@@ -21,8 +21,9 @@ HERE = [
     if why_not("adaptive_pool", name, device="cpu", dtype=torch.float32) is None
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SIZES = ((3, 5), (16, 16), (1, 40), (17, 2), (33, 31))
-FAR = ((1, 2048), (45, 45), (2048, 1), (32, 32))  # what a pool to 16 x 16 has to serve
+SIZES = ((3, 5), (1, 40), (17, 2))
+FEW = ((3, 5), (6, 6), (1, 9))
+FAR = ((1, 2048), (45, 45))  # what a pool to 16 x 16 has to serve
 
 
 def skip_unless_served(backend, dtype):
@@ -94,12 +95,12 @@ def test_equals_the_rule(sizes, height, width):
     np.testing.assert_allclose(call(x, sizes, (height, width)).numpy(), wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("bins", [(16, 16), (1, 1), (3, 7)], ids=str)
+@pytest.mark.parametrize("bins, channels", [((16, 16), 8), ((1, 1), 8), ((3, 7), 9)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", HERE)
-def test_is_as_accurate_as_plain_pytorch(backend, dtype, bins):
+def test_is_as_accurate_as_plain_pytorch(backend, dtype, bins, channels):
     skip_unless_served(backend, dtype)
-    x, dy = problem(SIZES, 9, bins, dtype)
+    x, dy = problem(SIZES, channels, bins, dtype)
     got = run(lambda x: call(x, SIZES, bins, backend), x, dy)
     ours = run(lambda x: plain(x, SIZES, bins), x, dy)
     exact = run(lambda x: plain(x, SIZES, bins), x.double(), dy.double())
@@ -109,9 +110,12 @@ def test_is_as_accurate_as_plain_pytorch(backend, dtype, bins):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_equals_pytorch_from_one_row_to_a_square(backend):
-    x, dy = problem(FAR, 4, (16, 16), torch.float32)
-    got = run(lambda x: call(x, FAR, (16, 16), backend), x, dy)
-    exact = run(lambda x: plain(x, FAR, (16, 16)), x.double(), dy.double())
+    bins = (
+        (4, 16) if backend == "triton" else (16, 16)
+    )  # the interpreter is slow; it is emulated at 16 x 16
+    x, dy = problem(FAR, 4, bins, torch.float32)
+    got = run(lambda x: call(x, FAR, bins, backend), x, dy)
+    exact = run(lambda x: plain(x, FAR, bins), x.double(), dy.double())
     for name, wanted in exact.items():
         error = (got[name] - wanted).norm() / wanted.norm()
         assert error < 1e-5, (name, error)
@@ -152,17 +156,17 @@ def test_double_backward_says_that_there_is_none():
 @pytest.mark.parametrize("backend", HERE)
 def test_an_image_is_bitwise_the_same_in_any_batch_and_order(backend, channels, dtype):
     skip_unless_served(backend, dtype)
-    x, dy = problem(SIZES, channels, (5, 4), dtype)
-    images = x.split([h * w for h, w in SIZES])
+    x, dy = problem(FEW, channels, (5, 4), dtype)
+    images = x.split([h * w for h, w in FEW])
 
     def on(order):
-        sizes = [SIZES[b] for b in order]
+        sizes = [FEW[b] for b in order]
         x = torch.cat([images[b] for b in order])
         got = run(lambda x: call(x, sizes, (5, 4), backend), x, dy[order])
         return zip(got["y"], got["dx"].split([h * w for h, w in sizes]), strict=True)
 
-    whole = list(on(range(len(SIZES))))
-    for order in ([0], [3], [4, 2, 0, 3, 1]):
+    whole = list(on(range(len(FEW))))
+    for order in ([0], [2], [1, 2, 0]):
         for b, (y, dx) in zip(order, on(order), strict=True):
             assert torch.equal(y, whole[b][0]) and torch.equal(dx, whole[b][1]), b
 
@@ -182,12 +186,15 @@ def test_one_image_touches_no_other(backend):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_memory_layout_does_not_matter(backend):
-    x, dy = problem(SIZES, 8, (4, 4), torch.float32)
-    wanted = run(lambda x: call(x, SIZES, (4, 4), backend), x, torch.ones_like(dy))
-    wide = torch.cat([x, x], 1)
-    for strided in (wide[:, :8], wide[:, 3:11].roll(3, 1), x.T.contiguous().T):
+    sizes = FEW
+    x, dy = problem(sizes, 8, (4, 4), torch.float32)
+    wanted = run(lambda x: call(x, sizes, (4, 4), backend), x, torch.ones_like(dy))
+    beside = [
+        F.pad(x, (n, 0))[:, n:] for n in (3, 8)
+    ]  # rows begin at no multiple of 16 bytes, and at one
+    for strided in (*beside, x.T.contiguous().T):
         leaf = strided.detach().requires_grad_()
-        y = call(leaf, SIZES, (4, 4), backend)
+        y = call(leaf, sizes, (4, 4), backend)
         assert torch.equal(y, wanted["y"])
         dx = torch.autograd.grad(y, leaf, torch.ones(()).expand(dy.shape))[0]
         assert torch.equal(dx, wanted["dx"])
@@ -199,11 +206,11 @@ def test_compiles_as_one_graph_for_every_batch():
 
     @torch.compile(backend=graphs, fullgraph=True, dynamic=True)
     def function(x, sizes, cu_seqlens):
-        return adaptive_pool(x, Grids(sizes, cu_seqlens), height=4, width=3).sin()
+        return adaptive_pool(x, Grids(sizes, cu_seqlens), height=7, width=5).sin()
 
-    for sizes in (SIZES, SIZES[:3], SIZES[2:] + SIZES):
-        x = problem(sizes, 8, (4, 3), torch.float32)[0].requires_grad_()
-        y, wanted = function(x, *Grids.of(sizes)), call(x, sizes, (4, 3)).sin()
+    for sizes in (SIZES, FEW + SIZES, SIZES[1:]):
+        x = problem(sizes, 8, (7, 5), torch.float32)[0].requires_grad_()
+        y, wanted = function(x, *Grids.of(sizes)), call(x, sizes, (7, 5)).sin()
         torch.testing.assert_close(y, wanted)
         (got,), (grad,) = (torch.autograd.grad(z.sum(), x) for z in (y, wanted))
         torch.testing.assert_close(got, grad)

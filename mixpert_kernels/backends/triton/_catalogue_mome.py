@@ -57,5 +57,45 @@ class PixelGeometry(MomeGeometry):
     patches: int = 2048
 
 
-MOME: dict[str, Callable[[MomeGeometry], None]] = {}
-PIX2STRUCT: dict[str, Callable[[MomeGeometry], None]] = {}
+def _pool(g: MomeGeometry):
+    from .adaptive_pool import adaptive_pool
+
+    adaptive_pool(g.new(g.rows, g.C), *g.grids, g.side, g.side)
+
+
+def _pool_backward(g: MomeGeometry):
+    from .adaptive_pool import adaptive_pool_backward
+
+    dy = g.new(g.B, g.side**2, g.C)
+    adaptive_pool_backward(dy, *g.grids, g.rows, g.side, g.side)
+
+
+def _mixed(g: MomeGeometry) -> tuple[Tensor, list[Tensor]]:
+    """logits, streams."""
+    streams = [g.new(g.B, g.side**2, g.D) for _ in range(g.streams)]
+    return g.new(g.B, g.streams), streams
+
+
+def _mix(g: MomeGeometry):
+    from .mix_streams import mix_streams
+
+    mix_streams(*_mixed(g), g.new(g.B, g.D))
+
+
+def _mix_backward(g: MomeGeometry):
+    from .mix_streams import mix_streams_backward
+
+    dy = g.new(g.B, g.side**2 + 1, g.D)
+    mix_streams_backward(dy, *_mixed(g), True, [True, True])
+
+
+MOME: dict[str, Callable[[MomeGeometry], None]] = {
+    "pool": _pool,
+    "pool backward": _pool_backward,
+    "mix": _mix,
+    "mix backward": _mix_backward,
+}
+PIX2STRUCT: dict[str, Callable[[MomeGeometry], None]] = {
+    "pool of 768": _pool,
+    "pool backward of 768": _pool_backward,
+}
