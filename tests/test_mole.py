@@ -223,7 +223,7 @@ def test_a_request_is_routed_once_and_anew_when_anything_changed(pair):
     routed(1, lambda: ours.router[0].weight.mul_(2))
     routed(1, lambda: setattr(ours.router[2].weight, "data", ours.router[2].weight.data * 2))
     routed(1, lambda: None, rows=tokens(8))
-    routed(1, lambda: None, grad=True)
+    routed(1, lambda: None, rows=tokens(8), grad=True)
     routed(1, lambda: ours.instruction.set(own), rows=tokens(8))
     assert ours.route(tokens(8))[0].expert.shape == (8,)
     with torch.inference_mode():

@@ -247,21 +247,28 @@ class MixtureOfLanguageExperts(nn.Module):
             The routing, with the probabilities as its scores, and the probabilities (k B, K) where they need a
             gradient.
         """
-        rows = len(x)
-        if self.router is None:
-            return Routing.single(rows, x.device), None
         request = self.instruction.request if request is None else request
-        if request is None:
+        if request is None and self.router is not None:
             raise RuntimeError(
                 f"{NAME}: no instruction is set in this thread, which is needed to choose an adapter: "
                 "call the model within instruction.given(embedding)"
             )
-        state = self._state(x, request.embedding)
+        state = None if request is None else self._state(x, request.embedding)
         routing = None if state is None else request.decided(id(self), state)
         if routing is not None:
             return routing, None
-        probabilities = self.probabilities(request.embedding.to(x.device))
-        samples = len(probabilities)
+        probabilities = None
+        if self.router is None:
+            routing = Routing.single(len(x), x.device)
+        else:
+            routing, probabilities = self._choose(x, request.embedding)
+        if state is not None:
+            request.decide(id(self), state, routing)
+        return routing, probabilities
+
+    def _choose(self, x: Tensor, embedding: Tensor) -> tuple[Routing, Tensor | None]:
+        probabilities = self.probabilities(embedding.to(x.device))
+        rows, samples = len(x), len(probabilities)
         if rows % samples:
             raise ValueError(
                 f"{NAME}: instructions must be one for each sample, each a whole number of the batch's rows, "
@@ -272,17 +279,15 @@ class MixtureOfLanguageExperts(nn.Module):
             probabilities = probabilities.repeat_interleave(times, dim=0)
         scores = probabilities.detach()
         routing = Routing.forced(scores.argmax(1), self.experts, scores)
-        if state is not None:
-            request.decide(id(self), state, routing)
         return routing, probabilities if probabilities.requires_grad else None
 
     def _state(self, x: Tensor, embedding: Tensor) -> tuple | None:
         """All that a decision hangs on; None where it has to be made anew, to be differentiated, traced or captured."""
-        tensors = (embedding, *self.router.parameters())
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
+        tensors = () if self.router is None else (embedding, *self.router.parameters())
         if any(type(t) not in (Tensor, nn.Parameter) for t in tensors):
             return None
         # Of a tensor that is replaced the address differs, of one that is written to the version.

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import of_cuda
+import of_mome
 import of_packed
 import of_training
 import of_triton
 import of_wgmma
 
 MUTANTS = (
-    of_triton.MUTANTS + of_packed.MUTANTS + of_training.MUTANTS + of_cuda.MUTANTS + of_wgmma.MUTANTS
+    of_triton.MUTANTS
+    + of_packed.MUTANTS
+    + of_training.MUTANTS
+    + of_mome.MUTANTS
+    + of_cuda.MUTANTS
+    + of_wgmma.MUTANTS
 )
