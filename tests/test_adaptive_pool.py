@@ -121,6 +121,28 @@ def test_equals_pytorch_from_one_row_to_a_square(backend):
         assert error < 1e-5, (name, error)
 
 
+def test_float32_sums_of_half_precision():
+    """2048 + 1 is 2048 in float16."""
+    x = torch.ones(4097, 1, dtype=torch.float16)
+    x[0] = 4096
+    assert call(x, [(1, 4097)], (1, 1), "reference").item() == 2.0
+    dy = torch.ones(1, 4097, 1, dtype=torch.float16)
+    dy[0, 0] = 2048
+    dx = run(lambda x: call(x, [(1, 1)], (1, 4097), "reference"), x[:1], dy)["dx"]
+    assert dx.item() == 2048 + 4096
+
+
+def test_offsets_have_64_bits():
+    if reason := why_not("adaptive_pool", "triton", device="cpu", dtype=torch.float16):
+        pytest.skip(reason)
+    x = normal(15, 8, dtype=torch.float16)
+    memory = torch.from_numpy(
+        np.empty(14 * 2**28 + 8, np.float16)
+    )  # what nobody touches is never there
+    far = memory.as_strided(x.shape, (2**28, 1)).copy_(x)
+    assert torch.equal(call(far, [(3, 5)], (2, 2), "triton"), call(x, [(3, 5)], (2, 2), "triton"))
+
+
 def test_gradcheck():
     x, _ = problem([(2, 3), (1, 5), (4, 1)], 2, (2, 3))
     function = lambda x: call(x, [(2, 3), (1, 5), (4, 1)], (2, 3))  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import of_cuda
 import of_mome
+import of_mome_ops
 import of_packed
 import of_training
 import of_triton
@@ -14,6 +15,7 @@ MUTANTS = (
     + of_packed.MUTANTS
     + of_training.MUTANTS
     + of_mome.MUTANTS
+    + of_mome_ops.MUTANTS
     + of_cuda.MUTANTS
     + of_wgmma.MUTANTS
 )
