@@ -1,4 +1,4 @@
-"""``mixpert reproduce``: the paper's comparisons at a small scale."""
+"""``mixpert reproduce``: the papers' comparisons at a small scale."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ def add_parser(subparsers: Any) -> None:
     """Add the command to the parser."""
     parser = subparsers.add_parser(
         "reproduce",
-        help="rerun the paper's comparisons at a small scale: tables, plots, a report",
-        description="Train small encoders on drawn photographs, charts and documents: joint, continued, "
-        "task-specific, separate and Mixpert, over several seeds; write tables, plots and a report. An "
-        "interrupted run goes on where it was.",
+        help="rerun the papers' comparisons at a small scale: tables, plots, a report",
+        description="Train small models on drawn images, over several seeds; write tables, plots and a report. "
+        "mixpert (the default): encoders, joint, continued, task-specific, separate and Mixpert. mome: vision "
+        "experts pooled or transformed, added or routed, and language experts against one adapter. An interrupted "
+        "run goes on where it was.",
+    )
+    parser.add_argument(
+        "paper",
+        nargs="?",
+        choices=("mixpert", "mome"),
+        default="mixpert",
+        help="whose comparisons (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("mixpert-reproduce"),
         metavar="DIR",
-        help="where results are kept (default: %(default)s)",
+        help="where results are kept (default: mixpert-reproduce, or mome-reproduce)",
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="repetitions (default: 3)")
     parser.add_argument(
@@ -32,19 +39,22 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--pilot",
         action="store_true",
-        help="train joint and task-specific encoders of several widths instead: what fixed the sizes",
+        help="mixpert: train joint and task-specific encoders of several widths instead, which fixed the sizes",
     )
     parser.add_argument(
         "--processes", type=int, metavar="N", help="at a time, one thread each (default: 2)"
     )
     parser.add_argument(
-        "--docs", type=Path, metavar="DIR", help="write the report as DIR/reproduce.md too"
+        "--docs",
+        type=Path,
+        metavar="DIR",
+        help="write it as DIR/reproduce.md or DIR/reproduce_mome.md too",
     )
     parser.add_argument(
         "--write-data",
         type=Path,
         metavar="DIR",
-        help="write the images as folders SPLIT/DOMAIN/LABEL instead, for mixpert train",
+        help="mixpert: write the images as folders SPLIT/DOMAIN/LABEL instead, for mixpert train",
     )
     parser.add_argument(
         "--images",
@@ -60,6 +70,10 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run the comparisons, or write their data."""
     require_extra("matplotlib", "PIL", "skimage", "sklearn", extra="reproduce")
+    out = args.out or Path(f"{args.paper}-reproduce")
+    if args.paper == "mome":
+        _run_mome(args, out)
+        return
     from mixpert_kernels.reproduce import run as runs
 
     if args.write_data is not None:
@@ -67,6 +81,16 @@ def run(args: argparse.Namespace) -> None:
         return
     settings = runs.choose(args.quick, args.seeds)
     if args.pilot:
-        runs.run_pilot(args.out, settings, args.processes)
+        runs.run_pilot(out, settings, args.processes)
     else:
-        runs.reproduce(args.out, settings, args.processes, args.docs)
+        runs.reproduce(out, settings, args.processes, args.docs)
+
+
+def _run_mome(args: argparse.Namespace, out: Path) -> None:
+    for name in ("pilot", "write_data"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"reproduce: {option} must go with mixpert, got it with mome")
+    from mixpert_kernels.reproduce.mome import run as runs
+
+    runs.reproduce(out, runs.choose(args.quick, args.seeds), args.processes, args.docs)

@@ -30,7 +30,8 @@ class Job(NamedTuple):
     Attributes:
         name: of its files: ``NAME.npz`` and, written last, ``NAME.json``.
         seed: of weights and images.
-        method: ``render``, ``joint``, ``continued``, ``specific``, ``separate``, ``experts`` or ``router``.
+        method: which function runs it: of the comparisons ``render``, ``joint``, ``continued``, ``specific``,
+            ``separate``, ``experts`` or ``router``.
         detail: the domain of ``specific`` and ``separate``, the number of cloned layers of ``experts``.
         after: names of the jobs that must be done first.
         images: how many it renders or trains on, for the progress bar.

@@ -32,14 +32,14 @@ def draw_photo(label: int, rng: np.random.Generator, split: str) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def crop(rng: np.random.Generator, split: str) -> np.ndarray:
-    """A crop (32, 32, 3) uint8 of one of the photographs of ``split``, relit and perhaps mirrored."""
+def crop(rng: np.random.Generator, split: str, side: int = SIDE) -> np.ndarray:
+    """A crop (side, side, 3) uint8 of one of the photographs of ``split``, relit and perhaps mirrored; at most 64."""
     names = SOURCES[split].photos
     levels = _pyramid(names[int(rng.integers(len(names)))])
     image = levels[int(rng.integers(len(levels)))]
-    top = int(rng.integers(0, image.shape[0] - SIDE + 1))
-    left = int(rng.integers(0, image.shape[1] - SIDE + 1))
-    part = image[top : top + SIDE, left : left + SIDE].astype(np.float32)
+    top = int(rng.integers(0, image.shape[0] - side + 1))
+    left = int(rng.integers(0, image.shape[1] - side + 1))
+    part = image[top : top + side, left : left + side].astype(np.float32)
     part = part if rng.random() < 0.5 else part[:, ::-1]
     contrast, light = rng.uniform(0.1, 0.4), rng.uniform(-40, 40)
     return ((part - 128) * contrast + 128 + light).clip(0, 255).astype(np.uint8)

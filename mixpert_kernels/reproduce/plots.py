@@ -40,14 +40,15 @@ RULE_MARKS = ("o", "s", "^")
 def draw(folder: Path, found: dict[str, Any]) -> list[Path]:
     """Draw all plots into a folder; returns their paths."""
     return [
-        _draw(folder / PLOTS["accuracy"], (8.6, 4.2), 1, found, _accuracy),
-        _draw(folder / PLOTS["depth"], (8.6, 3.6), 2, found, _depth),
-        _draw(folder / PLOTS["routing"], (10.2, 3.8), 3, found, _routing),
-        _draw(folder / PLOTS["cost"], (8.6, 3.6), 2, found, _cost),
+        draw_plot(folder / PLOTS["accuracy"], (8.6, 4.2), 1, found, _accuracy),
+        draw_plot(folder / PLOTS["depth"], (8.6, 3.6), 2, found, _depth),
+        draw_plot(folder / PLOTS["routing"], (10.2, 3.8), 3, found, _routing),
+        draw_plot(folder / PLOTS["cost"], (8.6, 3.6), 2, found, _cost),
     ]
 
 
-def _draw(path: Path, size: tuple[float, float], columns: int, found: dict, fill) -> Path:
+def draw_plot(path: Path, size: tuple[float, float], columns: int, found: dict, fill) -> Path:
+    """Draw a figure of some axes beside each other, which ``fill(figure, axes, found)`` fills."""
     with rc_context(STYLE):
         figure = Figure(figsize=size, dpi=130, layout="constrained")
         canvas = FigureCanvasAgg(figure)

@@ -213,7 +213,7 @@ def _accuracy(found: dict[str, Any]) -> Table:
     rows = [["", *DOMAINS, OVERALL]]
     for method in METHODS:
         table = found["accuracy"][method]
-        rows.append([TITLES[method], *(_plus_minus(table[d]) for d in (*DOMAINS, OVERALL))])
+        rows.append([TITLES[method], *(spread_cell(table[d]) for d in (*DOMAINS, OVERALL))])
     return rows
 
 
@@ -221,7 +221,7 @@ def _paired(found: dict[str, Any]) -> Table:
     rows = [["", *DOMAINS, OVERALL]]
     for pair in found["differences"]:
         title = f"{TITLES[pair['of']]} − {TITLES[pair['minus']]}"
-        rows.append([title, *(_difference(pair[d]) for d in (*DOMAINS, OVERALL))])
+        rows.append([title, *(difference_cell(pair[d]) for d in (*DOMAINS, OVERALL))])
     return rows
 
 
@@ -240,8 +240,8 @@ def _depth(found: dict[str, Any]) -> Table:
         rows.append(
             [
                 row["cloned"],
-                *(_plus_minus(table[d]) for d in (*DOMAINS, OVERALL)),
-                _difference(row["minus continued"][OVERALL]),
+                *(spread_cell(table[d]) for d in (*DOMAINS, OVERALL)),
+                difference_cell(row["minus continued"][OVERALL]),
                 f"{cost['parameters']:,}",
                 f"{cost['flops']:,}",
             ]
@@ -254,7 +254,7 @@ def _routing(found: dict[str, Any]) -> Table:
     for row in found["routing"]:
         cells = (row.get("routing accuracy"), row.get("fallback"), row["accuracy"])
         rows.append(
-            [row["kind"], row["rule"], *("" if c is None else _plus_minus(c) for c in cells)]
+            [row["kind"], row["rule"], *("" if c is None else spread_cell(c) for c in cells)]
         )
     return rows
 
@@ -287,9 +287,11 @@ def pilot_table(pilot: list[dict[str, Any]]) -> Table:
     return rows
 
 
-def _plus_minus(entry: dict[str, Any]) -> str:
+def spread_cell(entry: dict[str, Any]) -> str:
+    """Mean and standard deviation over seeds."""
     return f"{entry['mean']:.2f} ± {entry['std']:.2f}"
 
 
-def _difference(entry: dict[str, Any]) -> str:
+def difference_cell(entry: dict[str, Any]) -> str:
+    """A paired difference with its error over images, and its standard deviation over seeds."""
     return f"{entry['mean']:+.2f} ± {entry['error']:.2f} ({entry['std']:.2f})"

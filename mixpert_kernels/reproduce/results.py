@@ -55,11 +55,11 @@ def gather(
     right: dict[str, Right] = {
         method: _right(folder, settings, method, settings.cloned) for method in (*METHODS, DIRECT)
     }
-    notes = {job.name: _read(folder / f"{job.name}.json") for job in plan(settings)}
+    notes = {job.name: read_note(folder / f"{job.name}.json") for job in plan(settings)}
     experts = [experts_of(folder, settings, seed) for seed in range(settings.seeds)]
     found = {
         "settings": asdict(settings),
-        "versions": _versions(),
+        "versions": versions(),
         "seconds": round(seconds, 1),
         "cpu seconds": round(sum(note["cpu seconds"] for note in notes.values()), 1),
         "accuracy": {method: table_of(images) for method, images in right.items()},
@@ -70,7 +70,7 @@ def gather(
         "curves": rules.curves(experts),
         "train accuracy": _train_accuracy(notes, settings),
         "cost": cost,
-        "pilot": _read(folder / PILOT) or [],
+        "pilot": read_note(folder / PILOT) or [],
         "command": "mixpert reproduce" + (" --quick" if settings == QUICK else ""),
     }
     write_json(folder / RESULTS, found)
@@ -89,7 +89,7 @@ def pilot(folder: Path, settings: Settings) -> list[dict[str, Any]]:
                 predicted = arrays_of(folder, name)[f"predicted {domain}"]
                 right = predicted == labels_of(domain, len(predicted))
                 row[method][domain] = round(100 * float(right.mean()), 3)
-        notes = _read(folder / f"0-pilot-{width}-joint.json")
+        notes = read_note(folder / f"0-pilot-{width}-joint.json")
         rows.append(row | {"parameters": notes["parameters"]})
     return rows
 
@@ -165,11 +165,13 @@ def _train_accuracy(notes: dict[str, Any], settings: Settings) -> dict[str, dict
     return found
 
 
-def _read(path: Path) -> Any:
+def read_note(path: Path) -> Any:
+    """What a JSON file of a run holds; None where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
     return {
         "mixpert_kernels": mixpert_kernels.__version__,
         "torch": torch.__version__,

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from tqdm import tqdm
 
 from . import cost, plots, report, results
+from . import jobs as comparisons
 from .data import DOMAINS, write_folder
-from .jobs import Job, plan
+from .jobs import Job
 from .settings import FULL, QUICK, Settings, open_folder
 from .styles import SPLITS
 from .worker import write_json
@@ -25,13 +30,16 @@ WIDTHS = (48, 32, 24)
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def run_all(folder: Path, settings: Settings, processes: int | None = None) -> None:
+def run_all(
+    folder: Path, settings: Any, processes: int | None = None, study: ModuleType = comparisons
+) -> None:
     """Run what is not done yet of a run of the comparisons.
 
     Args:
         folder: where results are kept; a run that was interrupted goes on there.
         settings: of the run.
         processes: how many at a time; None: as many as there are CPUs, at most 2.
+        study: the module with ``Settings``, ``plan`` and ``run_job``.
 
     Raises:
         ValueError: ``processes`` is below 1, or the folder holds a run with other settings.
@@ -40,7 +48,7 @@ def run_all(folder: Path, settings: Settings, processes: int | None = None) -> N
     if processes is not None and processes < 1:
         raise ValueError(f"reproduce: processes must be at least 1, got {processes}")
     open_folder(folder, settings)
-    jobs = plan(settings)
+    jobs = study.plan(settings)
     done = {job.name for job in jobs if (folder / f"{job.name}.json").is_file()}
     total = sum(job.images for job in jobs)
     before = sum(job.images for job in jobs if job.name in done)
@@ -48,10 +56,11 @@ def run_all(folder: Path, settings: Settings, processes: int | None = None) -> N
     with tqdm(
         total=total, initial=before, unit="image", unit_scale=True, desc="training", disable=None
     ) as bar:
-        _schedule([job for job in jobs if job.name not in done], done, folder, processes, bar)
+        start = functools.partial(_start, folder=folder, study=study.__name__, bar=bar)
+        _schedule([job for job in jobs if job.name not in done], done, processes, start)
 
 
-def _schedule(jobs: list[Job], done: set[str], folder: Path, processes: int, bar: tqdm) -> None:
+def _schedule(jobs: list[Job], done: set[str], processes: int, start: Callable) -> None:
     running: dict[Future, Job] = {}
     stop = threading.Event()
     with ThreadPoolExecutor(processes) as pool:
@@ -61,7 +70,7 @@ def _schedule(jobs: list[Job], done: set[str], folder: Path, processes: int, bar
                     if len(running) == processes:
                         break
                     jobs.remove(job)
-                    running[pool.submit(_start, job, folder, bar, stop)] = job
+                    running[pool.submit(start, job, stop=stop)] = job
                 finished, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     done.add(running.pop(future).name)
@@ -71,11 +80,12 @@ def _schedule(jobs: list[Job], done: set[str], folder: Path, processes: int, bar
             raise
 
 
-def _start(job: Job, folder: Path, bar: tqdm, stop: threading.Event) -> None:
+def _start(job: Job, *, folder: Path, study: str, bar: tqdm, stop: threading.Event) -> None:
     """Run one job's process and pass its progress on; stop it when another failed."""
     log = folder / f"{job.name}.log"
     environment = os.environ | dict.fromkeys(THREADS, "1") | {"PYTHONPATH": _import_path()}
-    command = [sys.executable, "-m", "mixpert_kernels.reproduce.worker", str(folder), job.name]
+    worker = "mixpert_kernels.reproduce.worker"
+    command = [sys.executable, "-m", worker, str(folder), job.name, study]
     seen = 0
     with (
         open(log, "w", encoding="utf-8") as errors,

@@ -103,7 +103,7 @@ QUICK = Settings(
 )
 
 
-def open_folder(folder: Path, settings: Settings) -> None:
+def open_folder(folder: Path, settings: Any) -> None:
     """Make the output folder and note the settings in it, so that a later run goes on where this one ends.
 
     Raises:
@@ -112,7 +112,7 @@ def open_folder(folder: Path, settings: Settings) -> None:
     path = folder / FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"reproduce: out must be a directory, got the file {folder}")
-    if path.is_file() and read_settings(folder) != settings:
+    if path.is_file() and read_settings(folder, type(settings)) != settings:
         raise ValueError(
             f"reproduce: out must be empty or hold a run with the same settings, got {folder}"
         )
@@ -120,8 +120,8 @@ def open_folder(folder: Path, settings: Settings) -> None:
     path.write_text(json.dumps(asdict(settings), indent=1), encoding="utf-8")
 
 
-def read_settings(folder: Path) -> Settings:
-    """The settings of the run in a folder.
+def read_settings(folder: Path, kind: Any = Settings) -> Any:
+    """The settings of the run in a folder, of that dataclass.
 
     Raises:
         ValueError: there is none.
@@ -130,7 +130,7 @@ def read_settings(folder: Path) -> Settings:
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         values: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-        return Settings(**values)
+        return kind(**values)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(
             f"reproduce: {path} must hold the settings of a run, got {error}"

@@ -18,10 +18,10 @@ def labels_of(kind: str, count: int) -> np.ndarray:
     return np.arange(count) % CLASSES + DOMAINS.index(MAKERS[kind][1]) * CLASSES
 
 
-def table_of(right: Right) -> dict[str, Any]:
+def table_of(right: Right, domains: tuple[str, ...] = DOMAINS) -> dict[str, Any]:
     """Accuracy in percent: each kind of image, and the mean of the domains."""
     per_seed = {kind: 100 * images.mean(1) for kind, images in right.items()}
-    per_seed[OVERALL] = np.mean([per_seed[domain] for domain in DOMAINS], axis=0)
+    per_seed[OVERALL] = np.mean([per_seed[domain] for domain in domains], axis=0)
     return {kind: summary(values) for kind, values in per_seed.items()}
 
 
@@ -34,11 +34,11 @@ def summary(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def differences(a: Right, b: Right) -> dict[str, Any]:
+def differences(a: Right, b: Right, domains: tuple[str, ...] = DOMAINS) -> dict[str, Any]:
     """Paired differences in points, a domain and overall (the mean of the domains)."""
-    found = {domain: paired(a[domain], b[domain]) for domain in DOMAINS}
-    overall = np.mean([found[domain]["seeds"] for domain in DOMAINS], axis=0)
-    error = float(np.sqrt(sum(found[d]["error"] ** 2 for d in DOMAINS)) / len(DOMAINS))
+    found = {domain: paired(a[domain], b[domain]) for domain in domains}
+    overall = np.mean([found[domain]["seeds"] for domain in domains], axis=0)
+    error = float(np.sqrt(sum(found[d]["error"] ** 2 for d in domains)) / len(domains))
     return {**found, OVERALL: summary(overall) | {"error": round(error, 3)}}
 
 

@@ -1,7 +1,8 @@
-"""One job in a process of one thread: ``python -m mixpert_kernels.reproduce.worker FOLDER JOB``."""
+"""One job in a process of one thread: ``python -m mixpert_kernels.reproduce.worker FOLDER JOB JOBS``."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 import time
@@ -15,18 +16,23 @@ from .settings import read_settings
 STEP = 1000  # images between two reports
 
 
-def main(folder: Path, name: str) -> None:
-    """Run a job and write ``NAME.json`` when it is done; says on stdout how many images are behind it."""
+def main(folder: Path, name: str, jobs: str) -> None:
+    """Run a job and write ``NAME.json`` when it is done; says on stdout how many images are behind it.
+
+    Args:
+        folder: of the run.
+        name: of the job.
+        jobs: the module that plans and runs it.
+    """
     warnings.simplefilter("ignore")
     import torch
 
     from mixpert_kernels.hf.loading import quiet
 
-    from .jobs import plan, run_job
-
     torch.set_num_threads(1)
-    settings = read_settings(folder)
-    job = next(job for job in plan(settings) if job.name == name)
+    study = importlib.import_module(jobs)
+    settings = read_settings(folder, study.Settings)
+    job = next(job for job in study.plan(settings) if job.name == name)
     waiting = 0
 
     def progress(images: int) -> None:
@@ -38,7 +44,7 @@ def main(folder: Path, name: str) -> None:
 
     start = time.perf_counter()
     with quiet():
-        notes = run_job(job, settings, folder, progress)
+        notes = study.run_job(job, settings, folder, progress)
     notes |= {
         "seconds": round(time.perf_counter() - start, 1),
         "cpu seconds": round(time.process_time(), 1),
@@ -52,4 +58,4 @@ def write_json(path: Path, content: object) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
