@@ -79,7 +79,7 @@ def random_llama(*, vocabulary: int, hidden: int, layers: int, heads: int, lengt
         eos_token_id=1,
         tie_word_embeddings=True,
     )
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(
             5

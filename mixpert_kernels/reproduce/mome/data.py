@@ -172,7 +172,9 @@ def questions(group: str, parts: list[Part], seed: int) -> Questions:
         parts: the split's, in the order in which their images are counted.
         seed: of the run.
     """
-    image, kinds, asked = [], [], []
+    image: list[int] = []
+    kinds: list[int] = []
+    asked: list[Question] = []
     first = 0
     for part in parts:
         if part.kind in ASKED[group]:

@@ -44,7 +44,8 @@ class Store(NamedTuple):
 def pack(parts: list[Features]) -> Store:
     """The features of several parts as one store."""
     sizes = torch.cat([part.grids.sizes.long() for part in parts])
-    cls = None if parts[0].cls is None else torch.cat([part.cls for part in parts]).half()
+    found = [part.cls for part in parts if part.cls is not None]
+    cls = torch.cat(found).half() if found else None
     return Store(torch.cat([part.rows for part in parts]).half(), sizes, cls)
 
 

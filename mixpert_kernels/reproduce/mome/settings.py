@@ -45,7 +45,7 @@ class Settings:
     encoder: int = 48
     encoder_layers: int = 3
     llm: int = 64
-    llm_layers: int = 3
+    llm_layers: int = 2
     heads: int = 4
     size: int = 4
     adt_layers: int = 2
@@ -55,8 +55,8 @@ class Settings:
     adapter: int = 8
     train: int = 6_000
     test: int = 1_000
-    encoder_steps: tuple[int, ...] = (900, 700, 900)
-    llm_steps: int = 1_000
+    encoder_steps: tuple[int, ...] = (1_500, 800, 600)
+    llm_steps: int = 3_000
     steps: int = 800
     more_steps: int = 400
     batch: int = 64

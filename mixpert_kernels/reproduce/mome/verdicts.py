@@ -94,10 +94,8 @@ def _weights(found: dict[str, Any]) -> str:
     for group in GROUPS:
         each = {name: weights[group][name] for name in ENCODERS}
         best = max(each, key=lambda name: each[name]["mean"])
-        in_all = all(
-            max(each, key=lambda name, s=s: each[name]["seeds"][s]) == best
-            for s in range(found["settings"]["seeds"])
-        )
+        of_seeds = zip(*(each[name]["seeds"] for name in ENCODERS), strict=True)
+        in_all = all(ENCODERS[int(np.argmax(values))] == best for values in of_seeds)
         agreed = "with every seed" if in_all else "but not with every seed"
         parts.append(f"{group} {best} ({each[best]['mean']:.0f} %, {agreed})")
     return f"**What does the router of the encoders weigh most?** {'; '.join(parts)}."
