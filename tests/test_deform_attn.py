@@ -114,7 +114,7 @@ def test_by_hand():
 @pytest.mark.parametrize("backend", HERE)
 @pytest.mark.parametrize(
     "sizes, d",
-    [(RAGGED, 24), ([(1, 2048), (45, 45), (2048, 1), (32, 64), (9, 4)], 8)],
+    [(RAGGED, 24), ([(1, 2048), (45, 45), (2048, 1), (9, 4)], 8)],
     ids=["small", "wide"],
 )
 def test_equals_the_loop_over_grid_sample(sizes, d, backend, order):
@@ -179,8 +179,8 @@ def test_is_as_accurate_as_plain_pytorch(backend, dtype, order):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_value_may_be_a_slice_of_all_layers(backend):
-    sizes = RAGGED
-    value, *rest = problem(sizes, dtype=torch.float32)
+    sizes = RAGGED[:3]
+    value, *rest = problem(sizes, points=2, dtype=torch.float32)
     dy = outer(len(sizes), 6, 2, 8, torch.float32)
     wanted = run(ours(sizes, backend), (value, *rest), dy)
     layers = torch.randn(value.shape[0], 3, 2, 8).requires_grad_()  # rows 3 * C apart
@@ -208,7 +208,7 @@ def test_an_image_is_bitwise_the_same_alone_and_in_any_batch(backend):
 
     whole = on(list(range(len(RAGGED))))
     whole_dvalue = whole["value"].split([h * w for h, w in RAGGED])
-    for order in ([0], [1], [3], [4, 2, 0], [1, 4]):
+    for order in ([3], [4, 2, 0]):
         part = on(order)
         dvalue = part["value"].split([RAGGED[b][0] * RAGGED[b][1] for b in order])
         for i, b in enumerate(order):
@@ -249,11 +249,12 @@ def test_opcheck(dtype, backend):
     skip_unless_served(backend, dtype)
     sizes = [(2, 3), (1, 4)]
     grids = Grids.of(sizes)
-    tensors = [t.requires_grad_() for t in problem(sizes, dtype=dtype)]
+    tensors = problem(sizes, queries=2, points=1, dtype=dtype)
+    tensors = [t.requires_grad_() for t in tensors]
     op = torch.ops.mixpert
     torch.library.opcheck(op.deform_attn.default, (*tensors, *grids, True, backend))
     tensors = [t.detach() for t in tensors]
-    dy = outer(2, 6, 2, 8, dtype)
+    dy = outer(2, 2, 2, 8, dtype)
     for needs in ([True] * 4, [False, True, False, False]):
         given = (dy, *tensors, *grids, True, needs, backend)
         torch.library.opcheck(
@@ -263,13 +264,14 @@ def test_opcheck(dtype, backend):
 
 @pytest.mark.parametrize("backend", HERE)
 def test_only_the_gradients_asked_for_are_made(backend):
-    tensors = problem(RAGGED, dtype=torch.float32)
-    dy = outer(len(RAGGED), 6, 2, 8, torch.float32)
-    wanted = run(ours(RAGGED, backend, deterministic=True), tensors, dy)
+    sizes = RAGGED[:1]
+    tensors = problem(sizes, points=1, dtype=torch.float32)
+    dy = outer(1, 6, 2, 8, torch.float32)
+    wanted = run(ours(sizes, backend, deterministic=True), tensors, dy)
     for i, name in enumerate(NAMES):
         given = list(tensors)
         given[i] = given[i].clone().requires_grad_()
-        y = ours(RAGGED, backend, deterministic=True)(*given)
+        y = ours(sizes, backend, deterministic=True)(*given)
         assert torch.equal(torch.autograd.grad(y, given[i], dy)[0], wanted[name]), name
 
 

@@ -30,19 +30,20 @@ class Corners(NamedTuple):
 
 
 def corners(offsets: Tensor, reference: Tensor, size: Tensor) -> Corners:
-    """Of offsets (Q, heads, points, 2) and reference (Q, 2), in an image of ``size`` (H, W)."""
-    extent = size.flip(0).double()  # (W, H)
+    """Of offsets (..., Q, heads, points, 2) and reference (Q, 2), in images of ``size`` (..., 2), which is (H, W)."""
+    extent = size.flip(-1).double()  # (W, H)
     pixel = reference[:, None, None].double() * extent + offsets.double() - 0.5
     low = pixel.floor()
-    part = (pixel - low).to(_accumulator(offsets))  # (Q, heads, points, 2)
+    part = (pixel - low).to(_accumulator(offsets))  # (..., Q, heads, points, 2)
     (x0, y0), (fx, fy) = low.unbind(-1), part.unbind(-1)
     x, y = torch.stack([x0, x0 + 1, x0, x0 + 1], -1), torch.stack([y0, y0, y0 + 1, y0 + 1], -1)
     one = torch.ones_like(fx)
     wx, wy = torch.stack([1 - fx, fx, 1 - fx, fx], -1), torch.stack([1 - fy, 1 - fy, fy, fy], -1)
     sign_x = torch.stack([-one, one, -one, one], -1)
     sign_y = torch.stack([-one, -one, one, one], -1)
-    inside = (x >= 0) & (x < extent[0]) & (y >= 0) & (y < extent[1])
-    row = torch.where(inside, y * extent[0] + x, extent.prod()).long()
+    width, height = extent[..., :1], extent[..., 1:]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    row = torch.where(inside, y * width + x, width * height).long()
     return Corners(row, wx * wy, sign_x * wy, wx * sign_y)
 
 
