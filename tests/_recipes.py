@@ -61,7 +61,7 @@ def tiny_language(directory: Path, **fields: object) -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "intermediate_size": 32, "vocab_size": 8}
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**{**sizes, **layers, **fields})).save_pretrained(directory)
+    LlamaForCausalLM(LlamaConfig(**sizes, **layers, **fields)).save_pretrained(directory)
     return directory
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from _mome_recipes import TASKS, models, mome_table, tasks
+from _mome_recipes import TASKS, mome_table, tiny_mome
 from _recipes import rows, weights
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,55 +29,16 @@ from mixpert_kernels.training.prepare import load_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HERE = Path(__file__).parent
-TOML = """
-output = "whole"
-device = "cpu"
-log_every = 1
-checkpoint_every = 3
-[data]
-train = "train.jsonl"
-test = "test.jsonl"
-[model]
-language = "llm"
-[model.mome]
-sentence = "minilm"
-experts = 3
-hidden = 4
-size = 4
-[model.mome.encoders]
-clip = "clip"
-dino = "dino"
-pix = "pix"
-[model.mome.options]
-layers = 1
-heads = 2
-points = 2
-ffn = 16
-[[stage]]
-name = "move"
-steps = 4
-batch = 4
-lr = 1e-2
-warmup = 1
-[[stage]]
-name = "clone"
-[[stage]]
-name = "mole"
-steps = 4
-batch = 4
-lr = 1e-2
-warmup = 1
-"""
+PAGE = HERE.parent / "docs" / "training.md"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models, data, and a whole run of the command line in ``whole``."""
-    root = tasks(models(tmp_path_factory.mktemp("mome")) / "data").parent
-    for path in (root / "data").iterdir():
-        path.rename(root / path.name)
-    (root / "run.toml").write_text(TOML)
-    assert cli.main(["train", str(root / "run.toml"), "--no-progress"]) == 0
+    """Models, data, and a whole run in ``whole``."""
+    root = tmp_path_factory.mktemp("mome")
+    tiny_mome.write_data(root)
+    tiny_mome.write_models(root)
+    train(Recipe.from_dict(mome_table(root, "whole")), progress=False)
     return root
 
 
@@ -112,6 +74,20 @@ def test_what_a_run_leaves(root: Path):
     for layer, shares in results["experts"].items():
         chosen = routes.experts[:, int(layer.removeprefix("layer_"))].tolist()
         assert list(shares.values()) == [chosen.count(k) / 2 for k in range(3)]
+
+
+def test_the_page_works_as_printed(root: Path, monkeypatch, capsys):
+    """The recipe by the command line, then the code that reads what it left."""
+    monkeypatch.chdir(root)
+    section = PAGE.read_text().partition("## MoME")[2]
+    Path("page.toml").write_text(re.search(r"```toml\n(.*?)```", section, re.DOTALL)[1])
+    assert cli.main(["train", "page.toml", "--no-progress"]) == 0
+    assert "saved     " in capsys.readouterr().out
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, names)
+    answer, _, weights = capsys.readouterr().out.partition("\n")
+    assert set(answer.split()) <= {*tiny_mome.WORDS, "<unk>"} and weights.startswith("tensor([[")
 
 
 def test_rows_of_metrics(root: Path):
