@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -356,3 +358,17 @@ def test_bad_arguments_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=text):
             make(**options)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/mome.md"])
+def test_the_pages_code_runs(page, tmp_path, monkeypatch):
+    path = Path(__file__).resolve().parent.parent / page
+    if not path.is_file():
+        pytest.skip("the repository is not around the tests")
+    monkeypatch.chdir(tmp_path)
+    _, section = re.split(r"^## (?:MoME|Build)$", path.read_text(), maxsplit=1, flags=re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    names: dict[str, object] = {}
+    for block in blocks[: 1 if page == "README.md" else 2]:
+        exec(compile(block, page, "exec"), names)
+    assert names["tokens"].shape[0] == 2
