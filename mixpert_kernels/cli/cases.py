@@ -8,12 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixpert_kernels import Routing, ops
+from mixpert_kernels import Grids, Routing, ops
 
 # Odd on purpose: no tile of any kernel fits, and expert 1 has nothing to do.
 TILES, TOKENS, WIDTH, HIDDEN, EXPERTS = 3, 17, 72, 136, 4
 EXPERT = (2, 0, 2)
 IMAGE_OF_TILE, BASE_TILE = (0, 0, 1), (0, 2)
+SIZES = ((3, 5), (1, 4))  # of images' grids
 
 Tensors = dict[str, Tensor]
 
@@ -28,6 +29,11 @@ class Case(NamedTuple):
 
 def _routing(like: Tensor) -> Routing:
     return Routing.forced(torch.tensor(EXPERT, device=like.device), EXPERTS)
+
+
+def _deform_attn(t: Tensors, backend: str) -> Tensors:
+    grids = Grids.of(SIZES, t["value"].device)
+    return {"y": ops.deform_attn(*t.values(), grids, backend=backend)}
 
 
 def _grouped_layer_norm(t: Tensors, backend: str) -> Tensors:
@@ -80,6 +86,15 @@ def _route_grouped_linear(t: Tensors, backend: str) -> Tensors:
 X, ROWS, COLUMNS = (TILES, TOKENS, WIDTH), (EXPERTS, WIDTH), (EXPERTS, HIDDEN)
 WIDER, NARROWER = (EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN)
 CASES = {
+    "deform_attn": Case(
+        {
+            "value": (sum(h * w for h, w in SIZES), 2, 36),
+            "offsets": (len(SIZES), 7, 2, 3, 2),
+            "logits": (len(SIZES), 7, 2, 3),
+            "reference": (7, 2),
+        },
+        _deform_attn,
+    ),
     "grouped_layer_norm": Case({"x": X, "weight": ROWS, "bias": ROWS}, _grouped_layer_norm),
     "grouped_linear": Case(
         {

@@ -89,13 +89,39 @@ def _mix_backward(g: MomeGeometry):
     mix_streams_backward(dy, *_mixed(g), True, [True, True])
 
 
+def _places(g: MomeGeometry) -> tuple[Tensor, ...]:
+    """value, a slice of all layers', offsets, logits, reference."""
+    shape = (g.B, g.side**2, g.heads, g.points)
+    value = g.new(g.rows, g.layers, g.heads, g.C // g.heads)[:, 1]
+    return value, g.new(*shape, 2), g.new(*shape), g.new(shape[1], 2)
+
+
+def _deform(g: MomeGeometry):
+    from .deform_attn import deform_attn
+
+    deform_attn(*_places(g), *g.grids)
+
+
+def _deform_backward(g: MomeGeometry, fixed: bool):
+    from .deform_attn import deform_attn_backward
+
+    dy = g.new(g.B, g.side**2, g.C)
+    needs = [True, not fixed, not fixed, not fixed]
+    deform_attn_backward(dy, *_places(g), *g.grids, fixed, needs)
+
+
 MOME: dict[str, Callable[[MomeGeometry], None]] = {
     "pool": _pool,
     "pool backward": _pool_backward,
+    "deform": _deform,
+    "deform backward": lambda g: _deform_backward(g, False),
+    "deform backward, fixed order": lambda g: _deform_backward(g, True),
     "mix": _mix,
     "mix backward": _mix_backward,
 }
 PIX2STRUCT: dict[str, Callable[[MomeGeometry], None]] = {
     "pool of 768": _pool,
     "pool backward of 768": _pool_backward,
+    "deform of 96": _deform,
+    "deform backward of 96, fixed order": lambda g: _deform_backward(g, True),
 }
