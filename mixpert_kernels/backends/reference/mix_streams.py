@@ -9,7 +9,7 @@ def mix_streams(
     streams: list[Tensor],  # n of (B, L, D)
     cls: Tensor | None,  # (B, D)
 ) -> Tensor:  # (B, L + 1, D), or (B, L, D)
-    g = _weights(logits, streams)
+    g = weights_of(logits, streams)
     y = sum(g[:, i, None, None] * s for i, s in enumerate(streams)).to(streams[0].dtype)
     return y if cls is None else torch.cat([cls[:, None], y], 1)
 
@@ -22,7 +22,7 @@ def mix_streams_backward(
     needs: list[bool],  # of logits, streams
 ) -> tuple[Tensor, list[Tensor]]:  # (B, n), n of (B, L, D); empty where not needed
     needs_logits, needs_streams = needs
-    g = _weights(logits, streams)
+    g = weights_of(logits, streams)
     dy = dy[:, 1:] if has_cls else dy
     dlogits, dstreams = logits.new_empty(0), []
     if needs_logits:
@@ -34,7 +34,8 @@ def mix_streams_backward(
     return dlogits, dstreams
 
 
-def _weights(logits: Tensor, streams: list[Tensor]) -> Tensor:
+def weights_of(logits: Tensor, streams: list[Tensor]) -> Tensor:
+    """softmax(logits), in float32 or better."""
     dtype = torch.promote_types(streams[0].dtype, torch.float32)
     return torch.softmax(logits.to(dtype), 1)
 
