@@ -217,6 +217,10 @@ FAULTS = {
         _edit(lambda c: c.update(llm="/nowhere/llm")),
         "llm must be in /nowhere/llm, got no such directory",
     ),
+    "no image processor": (
+        lambda d: next((d / "processors" / "pix").iterdir()).unlink(),
+        "image processor must be in .*pix, got none",
+    ),
     "another format": (
         _edit(lambda c: c.update(mixpert_format=9)),
         "mixpert_format 9, not 1: another version of mixpert_kernels wrote it",
@@ -241,8 +245,13 @@ def test_faults_are_named(fault, model, tmp_path):
     change(tmp_path)
     with pytest.raises(ValueError, match=text):
         mome.load(tmp_path)
-    with pytest.raises(ValueError, match="directory must"):
+
+
+def test_bad_arguments_are_named(saved, tmp_path):
+    with pytest.raises(ValueError, match="directory must exist"):
         mome.load(tmp_path / "none")
+    with pytest.raises(ValueError, match=r'dtype must be a torch.dtype or "auto", got bfloat16'):
+        mome.load(saved, dtype="bfloat16")
 
 
 def test_an_interrupted_save_leaves_the_old_one(model, tmp_path, monkeypatch):

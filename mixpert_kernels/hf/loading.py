@@ -34,6 +34,10 @@ ENCODERS = (
 )  # where dual encoders and multimodal LLMs keep their vision model
 PROJECTORS = ("multi_modal_projector",)
 UNUSED = ("head.", "pooler.", "post_layernorm.")  # may be missing: they come after the feature
+LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # nothing is downloaded
 PREPROCESSING_FILES = ("preprocessor_config.json", "processor_config.json")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from mixpert_kernels.hf.loading import directory_of, one_line, quiet
+from mixpert_kernels.hf.loading import LOCAL, directory_of, one_line, quiet
 from mixpert_kernels.modules.mole import SENTENCE_WIDTH
 from mixpert_kernels.modules.move import MixtureOfVisionExperts, VisionBranch
 
@@ -21,7 +21,6 @@ from .processor import ImageProcessor, Processor, load_image_processor
 from .sentence import Embed, SentenceEncoder
 
 OPTIONS = ("transform", "norm", "cls", "layers", "heads", "points", "ffn", "dropout")
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mixpert_kernels.grids import Grids
-from mixpert_kernels.hf.loading import directory_of, one_line, quiet
+from mixpert_kernels.hf.loading import LOCAL, directory_of, one_line, quiet
 from mixpert_kernels.modules.move import Features
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 UNUSED = ("head.", "pooler.", "post_layernorm.")  # may be missing: they come after the feature
 
 
@@ -178,7 +177,7 @@ class Encoder(nn.Module):
         rows = hidden.flatten(0, 1).index_select(0, kept.to(device, non_blocking=True))
         return Features(rows, Grids.of(sizes, device), None)
 
-    def _refuse(self, condition: str, got: Any) -> None:
+    def _refuse(self, condition: str, got: Any) -> NoReturn:
         found = tuple(got.shape) if isinstance(got, Tensor) else got
         raise ValueError(f"mome: {self.kind.model}'s {condition}, got {found}")
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoImageProcessor
 
-from mixpert_kernels.hf.loading import PREPROCESSING_FILES, one_line, quiet
+from mixpert_kernels.hf.loading import LOCAL, PREPROCESSING_FILES, one_line, quiet
 
 if TYPE_CHECKING:
     from PIL import Image
 
 ImageProcessor = Callable[..., Mapping[str, Any]]
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Processor:
@@ -48,11 +47,11 @@ class Processor:
         Raises:
             ValueError: no image.
         """
-        images = list(images) if isinstance(images, list | tuple) else [images]
-        if not images:
+        every = list(images) if isinstance(images, Sequence) else [images]
+        if not every:
             raise ValueError("Processor: images must hold at least one, got none")
         return {
-            name: dict(processor(images=images, return_tensors="pt"))
+            name: dict(processor(images=every, return_tensors="pt"))
             for name, processor in self.processors.items()
         }
 

@@ -83,7 +83,7 @@ def save(
         )
         config["processors"] = {
             name: _save_pretrained(processor, draft, f"processors/{name}")
-            for name, processor in model.processor.processors.items()
+            for name, processor in (model.processor.processors if model.processor else {}).items()
             if hasattr(processor, "save_pretrained")
         }
         if tokenizer is not None:
@@ -122,6 +122,8 @@ def load(
             number of adapters is not that of the weights; or a parameter is missing, unexpected or of another shape.
             The message names it.
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        raise ValueError(f'load: dtype must be a torch.dtype or "auto", got {dtype}')
     directory, config = read_config("load", directory)
     state = read_tensors("load", directory)
     _check_experts(directory, config, state)
@@ -137,7 +139,7 @@ def load(
     if sentence_encoder is None and config["sentence_encoder"]:
         sentence_encoder = _place("load", directory, config["sentence_encoder"], "sentence_encoder")
     readers = {
-        name: load_image_processor(_place("load", directory, part, f"image processor of {name!r}"))
+        name: _reader(_place("load", directory, part, f"image processor of {name!r}"))
         for name, part in config["processors"].items()
         if name not in (processors or {})
     }
@@ -157,7 +159,7 @@ def load(
     for name, part in {"llm": config["llm"], **config["encoders"]}.items():
         if name not in given:
             model.sources[name] = directory / part
-    _fill(model, state, config["unfrozen"], directory, None if dtype == "auto" else dtype)
+    _fill(model, state, config["unfrozen"], directory, None if isinstance(dtype, str) else dtype)
     return model if device is None else model.to(device)
 
 
@@ -198,7 +200,7 @@ def read_tensors(
     Raises:
         ValueError: a weight file is missing or damaged.
     """
-    files, tensors = [WEIGHTS], {}
+    files, tensors = [WEIGHTS], dict[str, Tensor]()
     with one_line(caller, directory, "a whole saved MoME model"):
         if (directory / INDEX).is_file():
             index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
@@ -301,6 +303,13 @@ def _place(caller: str, directory: Path, part: str | None, what: str) -> Path:
     if not place.is_dir():
         raise ValueError(f"{caller}: {what} must be in {place}, got no such directory")
     return place
+
+
+def _reader(place: Path) -> ImageProcessor:
+    reader = load_image_processor(place)
+    if reader is None:
+        raise ValueError(f"load: image processor must be in {place}, got none")
+    return reader
 
 
 def _save_llm(llm: Any, draft: Path, max_shard_size: int | str) -> str:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from mixpert_kernels.hf.loading import directory_of, one_line, quiet
+from mixpert_kernels.hf.loading import LOCAL, directory_of, one_line, quiet
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 Embed = Callable[[list[str]], Tensor]  # B texts -> (B, width)
 
 
