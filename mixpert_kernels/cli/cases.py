@@ -31,9 +31,20 @@ def _routing(like: Tensor) -> Routing:
     return Routing.forced(torch.tensor(EXPERT, device=like.device), EXPERTS)
 
 
+def _adaptive_pool(t: Tensors, backend: str) -> Tensors:
+    grids = Grids.of(SIZES, t["x"].device)
+    return {"y": ops.adaptive_pool(t["x"], grids, height=4, width=3, backend=backend)}
+
+
 def _deform_attn(t: Tensors, backend: str) -> Tensors:
     grids = Grids.of(SIZES, t["value"].device)
     return {"y": ops.deform_attn(*t.values(), grids, backend=backend)}
+
+
+def _grouped_adapter(t: Tensors, backend: str) -> Tensors:
+    x, residual, probabilities, *adapters = t.values()
+    options = {"residual": residual, "probabilities": probabilities}
+    return {"y": ops.grouped_adapter(x, *adapters, _routing(x), **options, backend=backend)}
 
 
 def _grouped_layer_norm(t: Tensors, backend: str) -> Tensors:
@@ -55,6 +66,11 @@ def _grouped_mlp(t: Tensors, backend: str) -> Tensors:
     x, weight1, bias1, weight2, bias2 = t.values()
     y = ops.grouped_mlp(x, weight1, bias1, weight2, bias2, _routing(x), backend=backend)
     return {"y": y}
+
+
+def _mix_streams(t: Tensors, backend: str) -> Tensors:
+    logits, cls, *streams = t.values()
+    return {"y": ops.mix_streams(logits, streams, cls, backend=backend)}
 
 
 def _norm_grouped_linear(t: Tensors, backend: str) -> Tensors:
@@ -86,6 +102,7 @@ def _route_grouped_linear(t: Tensors, backend: str) -> Tensors:
 X, ROWS, COLUMNS = (TILES, TOKENS, WIDTH), (EXPERTS, WIDTH), (EXPERTS, HIDDEN)
 WIDER, NARROWER = (EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN)
 CASES = {
+    "adaptive_pool": Case({"x": (sum(h * w for h, w in SIZES), WIDTH)}, _adaptive_pool),
     "deform_attn": Case(
         {
             "value": (sum(h * w for h, w in SIZES), 2, 36),
@@ -94,6 +111,19 @@ CASES = {
             "reference": (7, 2),
         },
         _deform_attn,
+    ),
+    "grouped_adapter": Case(
+        {
+            "x": X,
+            "residual": X,
+            "probabilities": (TILES, EXPERTS),
+            "weight_down": (EXPERTS, 20, WIDTH),
+            "down_bias": (EXPERTS, 20),
+            "weight_up": (EXPERTS, WIDTH, 20),
+            "up_bias": ROWS,
+            "scale": (EXPERTS,),
+        },
+        _grouped_adapter,
     ),
     "grouped_layer_norm": Case({"x": X, "weight": ROWS, "bias": ROWS}, _grouped_layer_norm),
     "grouped_linear": Case(
@@ -109,6 +139,9 @@ CASES = {
     "grouped_mlp": Case(
         {"x": X, "weight1": WIDER, "bias1": COLUMNS, "weight2": NARROWER, "bias2": ROWS},
         _grouped_mlp,
+    ),
+    "mix_streams": Case(
+        {"logits": (TILES, 2), "cls": (TILES, WIDTH), "first": X, "second": X}, _mix_streams
     ),
     "norm_grouped_linear": Case(
         {"x": X, "norm_weight": ROWS, "norm_bias": ROWS, "weight": WIDER, "bias": COLUMNS},
