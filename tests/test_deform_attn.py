@@ -231,6 +231,29 @@ def test_what_lies_outside_is_not_read(backend):
     assert y[::2, [0, 1, 5]].eq(0).all() and not y[::2, 3].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", HERE)
+def test_large_logits_do_not_overflow(backend):
+    value, offsets, logits, reference = problem([(3, 4)], dtype=torch.float32)
+    y = ours([(3, 4)], backend)(value, offsets, 100 * logits, reference)
+    wanted = by_grid_sample([(3, 4)], value, offsets, 100 * logits, reference)
+    torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_a_point_between_two_blocks_of_patches_reaches_both(backend):
+    """Of 40 lines of two patches the 33rd begins the second block of 64 rows; every point lies half in it."""
+    sizes = [(40, 2)]
+    value, offsets, logits, _ = problem(sizes, queries=3, dtype=torch.float32)
+    reference = torch.tensor([[0.5, 32 / 40]]).expand(3, 2)
+    dy = torch.ones(1, 3, 16)
+    got = run(ours(sizes, backend, deterministic=True), (value, 0 * offsets, logits, reference), dy)
+    lines = got["value"].view(
+        40, 2, 2, 8
+    )  # three queries, a quarter of each to each of four patches
+    torch.testing.assert_close(lines[31:33], torch.full((2, 2, 2, 8), 0.75))
+    assert not lines[:31].any() and not lines[33:].any()
+
+
 def test_gradcheck():
     tensors = problem([(3, 4), (1, 1), (2, 1)], queries=2, d=3)
     place = tensors[3][:, None, None] * tensors[1].new_tensor([[4, 3], [1, 1], [1, 2]]).view(

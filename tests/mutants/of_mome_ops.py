@@ -133,3 +133,116 @@ MUTANTS: list[Mutant] = [
         f"{MIX} -k 'float32_sums'",
     ),
 ]
+
+DEFORM, DEFORM_EMULATED = "tests/test_deform_attn.py", "tests/compiled/test_deform_attn.py"
+DEFORM_WIDE = f"{DEFORM_EMULATED} -k wide_image"
+DEFORM_LOOP = f"{DEFORM} -k 'by_hand or loop_over_grid_sample and small and triton and fixed'"
+DEFORM_ANY_ORDER = f"{DEFORM} -k 'loop_over_grid_sample and small and triton and any'"
+DEFORM_MANY = f"{DEFORM_EMULATED} -k many_queries"
+
+MUTANTS += [
+    Mutant(
+        "deform-half-a-patch-off",
+        "pixels are counted from the middle of the first",
+        f"{TRITON}/_deform_attn_points.py",
+        "return whole, tl.fma(reference, extent, -whole) - 0.5",
+        "return whole, tl.fma(reference, extent, -whole)",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-position-rounded",
+        "what lies between a patch and the next has the digits that the image's width leaves",
+        f"{TRITON}/_deform_attn_points.py",
+        "return whole, tl.fma(reference, extent, -whole) - 0.5",
+        "return whole, (reference * extent - 0.5) - whole",
+        DEFORM_WIDE,
+    ),
+    Mutant(
+        "deform-no-top",
+        "the softmax of large logits overflows",
+        f"{TRITON}/_deform_attn_points.py",
+        "        top = tl.maximum(top, logits[k])\n",
+        "        top = tl.minimum(top, logits[k])\n",
+        f"{DEFORM} -k 'large_logits and triton'",
+    ),
+    Mutant(
+        "deform-wraps-around",
+        "the patch behind the last of a line is the next line's first",
+        f"{TRITON}/_deform_attn_points.py",
+        "return (at >= 0) & (at < size), part if SECOND else 1.0 - part",
+        "return (at >= 0) & (at < size + SECOND), part if SECOND else 1.0 - part",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-image-of-the-first",
+        "every image is read from the first one's rows",
+        f"{TRITON}/_deform_attn_points.py",
+        "tl.load(cu_seqlens_ptr + b)",
+        "tl.load(cu_seqlens_ptr + 0 * b)",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-softmax-gradient-without-mean",
+        "dlogits leaves out what the other points lose",
+        f"{TRITON}/_deform_attn_backward.py",
+        "(weights[k] * (dweights[k] - mean))",
+        "(weights[k] * dweights[k])",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-offsets-sign",
+        "the derivative along y has the sign of x's",
+        f"{TRITON}/_deform_attn_backward.py",
+        "by_y += (2 * (corner // 2) - 1) * weight_x * s",
+        "by_y += (2 * (corner % 2) - 1) * weight_x * s",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-reference-without-extent",
+        "the reference's gradient along y counts patches of a line",
+        f"{TRITON}/_deform_attn_backward.py",
+        "sum_y * height.to(tl.float32)",
+        "sum_y * width.to(tl.float32)",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-last-image-not-added",
+        "the reference's gradient leaves out the last image",
+        f"{TRITON}/_deform_attn_backward.py",
+        "    for _ in range(batch):\n",
+        "    for _ in range(batch - 1):\n",
+        DEFORM_LOOP,
+    ),
+    Mutant(
+        "deform-atomics-without-weight",
+        "each point adds the whole gradient to dvalue",
+        f"{TRITON}/_deform_attn_value.py",
+        "part = (weights[k] * (weight_x * weight_y))[:, :, None] * dy",
+        "part = (weight_x * weight_y)[:, :, None] * dy",
+        DEFORM_ANY_ORDER,
+    ),
+    Mutant(
+        "deform-line-above-passed-over",
+        "the fixed order passes over points in the line above a block of patches",
+        f"{TRITON}/_deform_attn_value.py",
+        "upper = first // width - 1",
+        "upper = first // width",
+        f"{DEFORM} -k 'between_two_blocks and triton'",
+    ),
+    Mutant(
+        "deform-queries-of-one-block",
+        "the fixed order reads the first block of queries alone",
+        f"{TRITON}/_deform_attn_value.py",
+        "for start in range(0, queries, QUERIES):",
+        "for start in range(0, QUERIES, QUERIES):",
+        DEFORM_MANY,
+    ),
+    Mutant(
+        "deform-bag-of-its-neighbour",
+        "on a CPU a row of a slice of all layers is another layer's",
+        "mixpert_kernels/backends/cpu/deform_attn.py",
+        "    step = value.stride(0) // d\n",
+        "    step = heads\n",
+        f"{DEFORM} -k 'slice and cpu'",
+    ),
+]
