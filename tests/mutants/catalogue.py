@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import of_cuda
+import of_grouped_adapter
 import of_mome
 import of_mome_ops
 import of_packed
@@ -15,6 +16,7 @@ MUTANTS = (
     + of_packed.MUTANTS
     + of_training.MUTANTS
     + of_mome.MUTANTS
+    + of_grouped_adapter.MUTANTS
     + of_mome_ops.MUTANTS
     + of_cuda.MUTANTS
     + of_wgmma.MUTANTS

@@ -110,7 +110,33 @@ def _deform_backward(g: MomeGeometry, fixed: bool):
     deform_attn_backward(dy, *_places(g), *g.grids, fixed, needs)
 
 
+def _adapters(g: MomeGeometry) -> list[Tensor]:
+    """down, down_bias, up, up_bias, scale."""
+    shapes = (g.K, g.H, g.D), (g.K, g.H), (g.K, g.D, g.H), (g.K, g.D), (g.K,)
+    return [g.new(*shape) for shape in shapes]
+
+
+def _adapter(g: MomeGeometry, tokens: int, train: bool):
+    from .grouped_adapter import grouped_adapter
+
+    x = g.new(g.B, tokens, g.D)
+    grouped_adapter(x, *_adapters(g), *g.ids, x, train)
+
+
+def _adapter_backward(g: MomeGeometry, router: bool):
+    from .grouped_adapter import grouped_adapter_backward
+
+    dy, hidden = g.new(g.B, g.T, g.D), g.new(g.B, g.T, g.H)
+    needs = [True] * 6 + [router]
+    grouped_adapter_backward(dy, dy, *_adapters(g), hidden, *g.ids, needs)
+
+
 MOME: dict[str, Callable[[MomeGeometry], None]] = {
+    "adapter": lambda g: _adapter(g, g.T, False),
+    "adapter on one token": lambda g: _adapter(g, 1, False),
+    "adapter in training": lambda g: _adapter(g, g.T, True),
+    "adapter backward": lambda g: _adapter_backward(g, True),
+    "adapter backward, no router": lambda g: _adapter_backward(g, False),
     "pool": _pool,
     "pool backward": _pool_backward,
     "deform": _deform,
