@@ -31,6 +31,11 @@ def _routing(like: Tensor) -> Routing:
     return Routing.forced(torch.tensor(EXPERT, device=like.device), EXPERTS)
 
 
+def _adaptive_pool(t: Tensors, backend: str) -> Tensors:
+    grids = Grids.of(SIZES, t["x"].device)
+    return {"y": ops.adaptive_pool(t["x"], grids, height=4, width=3, backend=backend)}
+
+
 def _deform_attn(t: Tensors, backend: str) -> Tensors:
     grids = Grids.of(SIZES, t["value"].device)
     return {"y": ops.deform_attn(*t.values(), grids, backend=backend)}
@@ -63,6 +68,11 @@ def _grouped_mlp(t: Tensors, backend: str) -> Tensors:
     return {"y": y}
 
 
+def _mix_streams(t: Tensors, backend: str) -> Tensors:
+    logits, cls, *streams = t.values()
+    return {"y": ops.mix_streams(logits, streams, cls, backend=backend)}
+
+
 def _norm_grouped_linear(t: Tensors, backend: str) -> Tensors:
     x, *layers = t.values()
     return {"y": ops.norm_grouped_linear(x, *layers, _routing(x), backend=backend)}
@@ -92,6 +102,7 @@ def _route_grouped_linear(t: Tensors, backend: str) -> Tensors:
 X, ROWS, COLUMNS = (TILES, TOKENS, WIDTH), (EXPERTS, WIDTH), (EXPERTS, HIDDEN)
 WIDER, NARROWER = (EXPERTS, HIDDEN, WIDTH), (EXPERTS, WIDTH, HIDDEN)
 CASES = {
+    "adaptive_pool": Case({"x": (sum(h * w for h, w in SIZES), WIDTH)}, _adaptive_pool),
     "deform_attn": Case(
         {
             "value": (sum(h * w for h, w in SIZES), 2, 36),
@@ -128,6 +139,9 @@ CASES = {
     "grouped_mlp": Case(
         {"x": X, "weight1": WIDER, "bias1": COLUMNS, "weight2": NARROWER, "bias2": ROWS},
         _grouped_mlp,
+    ),
+    "mix_streams": Case(
+        {"logits": (TILES, 2), "cls": (TILES, WIDTH), "first": X, "second": X}, _mix_streams
     ),
     "norm_grouped_linear": Case(
         {"x": X, "norm_weight": ROWS, "norm_bias": ROWS, "weight": WIDER, "bias": COLUMNS},
