@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -273,6 +274,9 @@ def test_directories(tmp_path):
     for name, encoder in encoders().items():
         encoder.save_pretrained(tmp_path / name)
         PROCESSORS[name].save_pretrained(tmp_path / name)
+    settings = tmp_path / "pix" / "preprocessor_config.json"
+    asked = json.loads(settings.read_text()) | {"is_vqa": True}  # to render the question: not here
+    settings.write_text(json.dumps(asked))
     model = mome.build(
         tmp_path / "llm",
         {name: str(tmp_path / name) for name in encoders()},
