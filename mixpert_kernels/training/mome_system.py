@@ -53,14 +53,14 @@ class MomeSystem:
         self,
         model: nn.Module,
         stage: Stage,
-        step: int,
         optimizer: Any,
         samples: list[Sample],
         reading: Reading,
     ) -> dict[str, Any]:
         mixing = Mixing(model, reading)
         mixing.add(samples)
-        return {"lr": {"shared": stage.lr * stage.factor(step - 1)}, **mixing.summary()}
+        rates = {name: rate for name, rate in optimizer.last_rates.items() if name == "shared"}
+        return {"lr": rates, **mixing.summary()}
 
     def frozen(self, model: nn.Module) -> set[str]:
         return frozen_names(model)

@@ -241,7 +241,7 @@ class _Run:
         clock.images += report.images
         if self.step % self.recipe.log_every and self.step < stage.steps:
             return
-        own = self.system.row(self.model, stage, self.step, optimizer, samples, self.reading)
+        own = self.system.row(self.model, stage, optimizer, samples, self.reading)
         self._write_row(
             {
                 "loss": report.loss,

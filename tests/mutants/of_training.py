@@ -9,6 +9,7 @@ CPU = "mixpert_kernels/backends/cpu"
 ALONE = "tests/test_expert_optimizer.py -k 'alone or hit'"
 RESUMED = "tests/test_train_resume.py -k 'goes_on_bitwise and not random_moments or features_of'"
 KEPT = "tests/test_tower_training.py"
+MOME = "tests/test_train_mome.py"
 
 MUTANTS: list[Mutant] = [
     Mutant(
@@ -126,9 +127,65 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "answer-one-token-late",
         "the language model is asked for the token it is given",
-        "mixpert_kernels/hf/heads.py",
-        "logits[:, prefix.shape[1] - 1 : -1]",
-        "logits[:, prefix.shape[1] :]",
+        "mixpert_kernels/hf/answers.py",
+        "logits[:, first - 1 : -1]",
+        "logits[:, first:]",
         "tests/test_heads.py",
+    ),
+    Mutant(
+        "adapters-all-step",
+        "adapters that no sample chose are stepped, too",
+        f"{TRAINING}/adapter_optimizer.py",
+        "found |= (parameter.grad != 0)",
+        "found |= (parameter.grad == parameter.grad)",
+        f"{MOME} -k no_sample_chose",
+    ),
+    Mutant(
+        "adapters-forget-the-clock",
+        "a resumed stage warms up anew",
+        f"{TRAINING}/adapter_optimizer.py",
+        'self._made = state_dict["made"]',
+        "self._made = 0",
+        f"{MOME} -k goes_on_bitwise",
+    ),
+    Mutant(
+        "mole-freezes-its-routers",
+        "no stage trains the layers' routers",
+        f"{TRAINING}/mome_stages.py",
+        '"routers": ("mole",)',
+        '"routers": ()',
+        f"{MOME} -k what_trains",
+    ),
+    Mutant(
+        "frozen-llm-draws",
+        "the frozen language model is in training mode",
+        "mixpert_kernels/hf/mome/learner.py",
+        "        self.model.llm.eval()\n",
+        "",
+        f"{MOME} -k what_trains",
+    ),
+    Mutant(
+        "checkpoint-holds-the-llm",
+        "what no stage changes is saved with each checkpoint",
+        f"{TRAINING}/distributed.py",
+        "if name in without:",
+        "if False:",
+        f"{MOME} -k run_leaves",
+    ),
+    Mutant(
+        "shares-of-one-process",
+        "which adapters a batch chose is said of the first process's samples alone",
+        f"{TRAINING}/mome_system.py",
+        "torch.stack(gather(part)).sum(0)",
+        "gather(part)[0]",
+        f"{MOME} -k two_processes",
+    ),
+    Mutant(
+        "instruction-may-be-empty",
+        "rows without an instruction are read",
+        f"{TRAINING}/data.py",
+        'and name != "prompt"]',
+        'and name not in ("prompt", "instruction")]',
+        f"{MOME} -k without_instructions",
     ),
 ]

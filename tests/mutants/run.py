@@ -26,7 +26,7 @@ from catalogue import MUTANTS
 from mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("mixpert_kernels", "csrc", "tests", "benchmarks")
+FOLDERS = ("mixpert_kernels", "csrc", "tests", "benchmarks", "docs")
 PASSED, FAILED = 0, 1  # pytest's exit status; below 0 it crashed, any other says that no test ran
 
 
