@@ -5,6 +5,7 @@ from __future__ import annotations
 import of_cuda
 import of_grouped_adapter
 import of_mome
+import of_mome_hf
 import of_mome_ops
 import of_packed
 import of_training
@@ -16,6 +17,7 @@ MUTANTS = (
     + of_packed.MUTANTS
     + of_training.MUTANTS
     + of_mome.MUTANTS
+    + of_mome_hf.MUTANTS
     + of_grouped_adapter.MUTANTS
     + of_mome_ops.MUTANTS
     + of_cuda.MUTANTS
