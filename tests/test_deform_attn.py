@@ -119,8 +119,8 @@ def test_by_hand():
 )
 def test_equals_the_loop_over_grid_sample(sizes, d, backend, order):
     """In float32 to 1e-5; the loop runs in float64, for in float32 its positions lose 1e-4 at 2048 patches."""
-    shape = {"queries": 8, "heads": 2, "d": d}
-    tensors = problem(sizes, points=4, dtype=torch.float32, **shape)
+    shape = {"queries": 8, "heads": 2 if d == 24 else 1, "d": d}
+    tensors = problem(sizes, points=2, dtype=torch.float32, **shape)
     dy = outer(len(sizes), dtype=torch.float32, **shape)
     got = run(ours(sizes, backend), tensors, dy)
     double = [t.double() for t in tensors]
