@@ -204,6 +204,9 @@ def test_a_sentence_is_the_mean_of_its_tokens(tmp_path):
     assert torch.equal(again(TEXTS), got)
     long = encoder([" ".join(["cat"] * 40)])  # more tokens than positions: cut
     assert torch.equal(long, encoder([" ".join(["cat"] * 16)]))
+    (tmp_path / "again" / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
+    short = mome.SentenceEncoder(tmp_path / "again")
+    assert torch.equal(short(["read the text"]), short(["read the cat"]))
     with pytest.raises(ValueError, match="a transformers text encoder and tokenizer"):
         bare = tmp_path / "bare"
         tiled("vit").save_pretrained(bare)
