@@ -14,9 +14,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="run a training recipe, from its last checkpoint where there is one",
-        description="Run the stages of a TOML recipe in order, calibrate, save the tower and evaluate it. Started "
-        "again, it goes on where it was stopped. For several processes: torchrun -m mixpert_kernels.cli train "
-        "CONFIG.toml. docs/training.md describes the recipe, which names the model too.",
+        description="Run the stages of a TOML recipe in order, calibrate, save the tower, or the MoME model, and "
+        "evaluate it. Started again, it goes on where it was stopped. For several processes: torchrun -m "
+        "mixpert_kernels.cli train CONFIG.toml. docs/training.md describes the recipe, which names the model too.",
         usage="mixpert train [-h] [--no-progress] CONFIG.toml",
     )
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="the recipe")
