@@ -79,7 +79,7 @@ MUTANTS: list[Mutant] = [
     Mutant(
         "segment-keeps-its-output",
         "sorting back keeps a copy for backward",
-        "mixpert_kernels/hf/tower.py",
+        "mixpert_kernels/modules/by_expert.py",
         "return y[order.argsort()]",
         "return torch.empty_like(y).index_copy_(0, order, y)",
         KEPT,
