@@ -121,9 +121,17 @@ def test_is_as_accurate_as_plain_pytorch(backend, dtype, count, tokens, width, c
 @pytest.mark.parametrize("backend", HERE)
 def test_large_logits_neither_overflow_nor_lose_the_rest(backend):
     tensors = problem(3, 2, 3, 8, dtype=torch.float32)
-    tensors[0][:] = torch.tensor([[300.0, 299.0, -300.0], [-1000.0, -1000.0, -1000.0]])
+    tensors[0][:] = torch.tensor([[-300.0, 300.0, 299.0], [-1000.0, -1000.0, -1000.0]])
     y = call(tensors, backend)
     torch.testing.assert_close(y, plain(*tensors))
+
+
+@pytest.mark.parametrize("backend", HERE)
+def test_float32_sums_over_streams(backend):
+    """2048 + 1 is 2048 in float16; 2048 + 7 is 2055, which rounds to 2056."""
+    streams = [torch.full((1, 1, 8), n).half() for n in (2048.0 * 8, *[8.0] * 7)]
+    y = mix_streams(torch.zeros(1, 8).half(), streams, None, backend=backend)
+    assert y.eq(2056).all()
 
 
 def test_float32_sums_of_half_precision():

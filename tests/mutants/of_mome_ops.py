@@ -5,7 +5,7 @@ from __future__ import annotations
 from mutant import Mutant
 from of_triton import TRITON
 
-REFERENCE = "mixpert_kernels/backends/reference"
+REFERENCE, CPU = "mixpert_kernels/backends/reference", "mixpert_kernels/backends/cpu"
 POOL, MIX = "tests/test_adaptive_pool.py", "tests/test_mix_streams.py"
 POOL_EMULATED, MIX_EMULATED = (
     f"tests/compiled/{op}.py" for op in ("test_adaptive_pool", "test_mix_streams")
@@ -75,6 +75,22 @@ MUTANTS: list[Mutant] = [
         "wide = rows.to(torch.promote_types(rows.dtype, torch.float32))",
         "wide = rows",
         f"{POOL} -k 'float32_sums'",
+    ),
+    Mutant(
+        "pool-cpu-image-turned",
+        "the smaller tensor in between is pooled along the axis already pooled",
+        f"{CPU}/adaptive_pool.py",
+        "_pool(half, axes[1], pooled)",
+        "_pool(half, axes[0], pooled)",
+        f"{POOL} -k 'by_hand and cpu'",
+    ),
+    Mutant(
+        "mix-cpu-sums-in-half",
+        "streams are added up in half precision",
+        f"{CPU}/mix_streams.py",
+        "y = g.new_empty(",
+        "y = streams[0].new_empty(",
+        f"{MIX} -k 'sums_over_streams and cpu'",
     ),
     Mutant(
         "mix-cls-weighted-row",
