@@ -135,14 +135,14 @@ def test_float32_sums_over_streams(backend):
 
 
 def test_float32_sums_of_half_precision():
-    """2048 + 1 is 2048 in float16: <dy, s> of the first stream is 4096, of the second 0."""
-    streams = [torch.ones(1, 2049, 1).half(), torch.zeros(1, 2049, 1).half()]
-    dy = torch.ones(1, 2049, 1).half()
+    """<dy, s> of the first stream is 4097, which float16 has not, of the second 0."""
+    streams = [torch.ones(1, 2050, 1).half(), torch.zeros(1, 2050, 1).half()]
+    dy = torch.ones(1, 2050, 1).half()
     dy[0, 0] = 2048
     logits = torch.zeros(1, 2, requires_grad=True)
     y = mix_streams(logits, streams, None, backend="reference")
     (grad,) = torch.autograd.grad(y, logits, dy)
-    assert grad.tolist() == [[1024.0, -1024.0]]
+    assert grad.tolist() == [[1024.25, -1024.25]]
 
 
 @pytest.mark.parametrize("cls", [True, False])
