@@ -91,7 +91,9 @@ def check(arch, seed, dtype, args, routing):
 
 @SEEDS
 @BOTH
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=full)], ids=str
+)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_is_as_accurate_as_the_reference(sizes, dtype, arch, seed):
     check(arch, seed, dtype, problem(*sizes), ids())

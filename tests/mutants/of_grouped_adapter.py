@@ -109,14 +109,6 @@ MUTANTS: list[Mutant] = [
         EQUALS,
     ),
     Mutant(
-        "adapter-dbias-past-the-tile",
-        "rows past a tile's end are added to the gradient of the down-projection's bias",
-        BACKWARD,
-        "summed = width if cu_seqlens_ptr is None else tl.where(first_m < rows, width, 0)\n    u =",
-        "summed = width\n    rows = rows + (cu_seqlens_ptr is not None)\n    u =",
-        PACKED,
-    ),
-    Mutant(
         "adapter-inner-of-another-chunk",
         "column sums are those of the tile before",
         BACKWARD,
