@@ -1,8 +1,8 @@
 """Three small vision encoders with strengths of their own: each trained here, then frozen.
 
 ``clip`` sees an image of 32 x 32 pixels and learns which words its caption has, from its CLS token. ``dino`` sees it at
-64 x 64 and learns which shape has its centre in which patch. ``pix`` sees a page in its own width and height and learns
-which large letter lies at each patch.
+64 x 64 and learns which shape has its centre in which patch, and where that patch is. ``pix`` sees a page in its own
+width and height and learns which large letter lies at each patch.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .tasks import CAPTION_WORDS
 
 ENCODERS = ("clip", "dino", "pix")
 SEEN = {"clip": ("scene", "chart"), "dino": ("scene",), "pix": ("page",)}  # kinds to train on
+THINGS = len(COLORS) * len(SHAPES)
 BATCH = 32  # images of each kind a step; clip's are small: twice as many
 Progress = Callable[[int], None]
 
@@ -124,8 +125,10 @@ def images_a_step(name: str) -> int:
 
 
 def _labels(name: str) -> int:
-    labels = {"clip": len(CAPTION_WORDS), "dino": len(COLORS) * len(SHAPES), "pix": len(LETTERS)}
-    return labels[name] + (name != "clip")
+    """Outputs of its head: words; nothing or a thing, then columns, then rows; nothing or a letter."""
+    if name == "clip":
+        return len(CAPTION_WORDS)
+    return 1 + THINGS + 2 * CELLS if name == "dino" else 1 + len(LETTERS)
 
 
 def caption_targets(kind: str, split: str, seed: int, count: int) -> Tensor:
@@ -156,7 +159,19 @@ def _loss(name: str, logits: Tensor, images: Images, captions: Tensor, index: np
         return F.binary_cross_entropy_with_logits(logits, captions[index])
     target = targets(images, index)
     weight = torch.where(target > 0, 1.0, 0.2)  # most patches are of nothing
-    return (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
+    what = logits[:, : 1 + THINGS] if name == "dino" else logits
+    loss = (F.cross_entropy(what, target, reduction="none") * weight).sum() / weight.sum()
+    if name == "dino":
+        loss = loss + sum(F.cross_entropy(*axis) for axis in _where(logits, target))
+    return loss
+
+
+def _where(logits: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Of dino's patches that show something: logits of their column and row, and the right ones."""
+    place = torch.arange(len(target)) % CELLS**2
+    shown = target > 0
+    column, row = logits[shown, 1 + THINGS :].split(CELLS, 1)
+    return [(column, place[shown] % CELLS), (row, place[shown] // CELLS)]
 
 
 def targets(images: Images, index: np.ndarray) -> Tensor:
@@ -191,7 +206,10 @@ def measure(
             right = ((logits > 0) == (caption_targets(kind, "test", seed, len(index)) > 0)).all(1)
         else:
             target = targets(images[kind], index)
-            right = (logits.argmax(1) == target)[target > 0]
+            what = logits[:, : 1 + THINGS] if name == "dino" else logits
+            right = (what.argmax(1) == target)[target > 0]
+            for said, place in _where(logits, target) if name == "dino" else []:
+                right &= said.argmax(1) == place
         found[kind] = 100 * float(right.float().mean())
     return found
 

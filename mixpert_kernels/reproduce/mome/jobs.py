@@ -13,7 +13,7 @@ from ..jobs import Job
 from . import data, encoders, features, language, training
 from .data import Questions
 from .encoders import ENCODERS
-from .model import BASE, FIRST, Arm, grow, new_model, second
+from .model import BASE, FIRST, Arm, grow, learnt, new_model, second
 from .settings import Settings
 from .tasks import GROUPS
 
@@ -99,7 +99,9 @@ def _train_arm(
     state: dict[str, torch.Tensor] | None,
 ) -> dict[str, Any]:
     model = load_model(arm, settings, folder, job.seed)
-    if state is not None:
+    if state is None:
+        model.llm.requires_grad_(True)
+    else:
         grow(model, state)
     training.train(
         model,
@@ -111,7 +113,7 @@ def _train_arm(
         seed=job.seed + (0 if state is None else 500),
         progress=progress,
     )
-    torch.save(model.own_parameters(), state_path(folder, job.seed, job.detail))
+    torch.save(learnt(model), state_path(folder, job.seed, job.detail))
     stores = features.load(folder, job.seed, "test", arm.encoders)
     arrays: dict[str, np.ndarray] = {}
     for group, questions in zip(GROUPS, all_questions(settings, "test", job.seed), strict=True):
@@ -119,8 +121,8 @@ def _train_arm(
         found = training.choices(model, questions)
         arrays |= {f"{what} {group}": values for what, values in found.items()}
     np.savez_compressed(folder / f"{job.name}.npz", **arrays)
-    own = {group: sum(p.numel() for p in of.values()) for group, of in model.trainable().items()}
-    return {"parameters": own}
+    groups = model.trainable().items()
+    return {"parameters": {name: sum(p.numel() for p in of.values()) for name, of in groups}}
 
 
 METHODS: dict[str, Callable] = {

@@ -37,7 +37,6 @@ FIRST = {  # stage 1: from new weights
     "pool+addition": Arm(transform="pool", mix="addition"),
     "adt+addition": Arm(mix="addition"),
     "adt+router": Arm(),
-    "standard+router": Arm(transform="standard"),
 }
 BASE = "adt+router"  # of stage 2
 
@@ -85,15 +84,20 @@ def new_model(
     return model
 
 
+def learnt(model: MomeForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """All parameters but the encoders'."""
+    return {name: p.detach() for name, p in model.named_parameters() if ".encoder." not in name}
+
+
 def grow(model: MomeForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
     """Load what an arm of one adapter learnt into a model of one, several or a wider adapter; the function stays.
 
     Args:
         model: of the same branches, as ``new_model`` made it.
-        state: ``own_parameters`` of the other.
+        state: what ``learnt`` gives for the other.
     """
     with torch.no_grad():
-        for name, parameter in model.own_parameters().items():
+        for name, parameter in learnt(model).items():
             if name not in state:  # the new routers of MoLE
                 continue
             old = state[name]

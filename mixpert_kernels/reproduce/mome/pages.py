@@ -17,8 +17,11 @@ WORDS = (
     *("tax", "fee", "sum", "due", "net", "pay", "cost", "debt", "loan", "rent"),
     *("total", "audit", "stock", "bond", "asset", "price"),
 )
-FONTS = {  # of the large word: few and clear, so that a small encoder learns to read them in a minute
-    "train": ("DejaVuSans.ttf", "DejaVuSerif.ttf", "DejaVuSansMono-Bold.ttf"),
+FONTS = {  # of the large word: few and clear, for a small encoder that learns to read in a minute
+    "train": (
+        *("DejaVuSans.ttf", "DejaVuSans-BoldOblique.ttf", "DejaVuSansMono-Bold.ttf"),
+        *("DejaVuSerif.ttf", "DejaVuSerif-BoldItalic.ttf", "STIXGeneralBol.ttf", "cmss10.ttf"),
+    ),
     "held_out": ("DejaVuSans-Oblique.ttf",),
     "test": ("DejaVuSans-Bold.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSansMono.ttf"),
 }

@@ -21,7 +21,6 @@ PAIRS = (
     ("pool+addition", "clip"),
     ("adt+addition", "pool+addition"),
     ("adt+router", "adt+addition"),
-    ("adt+router", "standard+router"),
     ("mole", "adt+router"),
     ("mole", "one"),
     ("mole", "wide"),

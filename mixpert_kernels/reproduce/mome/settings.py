@@ -38,6 +38,7 @@ class Settings:
         llm_rate: of the language model's.
         rate: of stage 1.
         more_rate: of stage 2.
+        tuned_rate: of the language model in stage 1.
         decay: weight decay.
     """
 
@@ -55,15 +56,16 @@ class Settings:
     adapter: int = 8
     train: int = 6_000
     test: int = 1_000
-    encoder_steps: tuple[int, ...] = (1_500, 800, 600)
+    encoder_steps: tuple[int, ...] = (1_200, 700, 800)
     llm_steps: int = 3_000
-    steps: int = 800
-    more_steps: int = 400
+    steps: int = 900
+    more_steps: int = 300
     batch: int = 64
     encoder_rate: float = 3e-3
     llm_rate: float = 3e-3
     rate: float = 3e-3
     more_rate: float = 2e-3
+    tuned_rate: float = 1e-3
     decay: float = 0.05
 
     def split(self, split: str) -> list[Part]:

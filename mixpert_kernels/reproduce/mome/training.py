@@ -31,7 +31,7 @@ def train(
     seed: int,
     progress: Progress,
 ) -> None:
-    """Train what ``mome.build`` added, as many questions of each group a step.
+    """Train what ``mome.build`` added, and the language model where it is not frozen.
 
     Args:
         model: trained in place.
@@ -39,12 +39,18 @@ def train(
         groups: the questions of each group.
         settings: batch and weight decay.
         steps: how many.
-        rate: peak learning rate: warmed up linearly, then a cosine to 0.
+        rate: peak learning rate, warmed up linearly, then a cosine to 0; the language model's is another.
         seed: of the order of the questions, the same for all arms.
         progress: is told how many questions were trained on.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.decay, betas=BETAS)
+    groups_of = model.trainable()
+    tuned = list(groups_of.pop("other", {}).values())
+    own = [p for of_group in groups_of.values() for p in of_group.values()]
+    parameters = own + tuned
+    rates = [{"params": own, "lr": rate}, {"params": tuned, "lr": settings.tuned_rate}]
+    optimizer = torch.optim.AdamW(
+        [group for group in rates if group["params"]], weight_decay=settings.decay, betas=BETAS
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_cosine(steps))
     model.train()
     for batch in batches(groups, settings.each, steps, seed):
