@@ -390,3 +390,8 @@ def test_errors_name_what_is_wrong(pair):
             stack_adapters(broken)
     with pytest.raises(ValueError, match="hold up_bias"):
         unstack_adapters({n: p for n, p in ours.state_dict().items() if n != "up_bias"})
+
+
+def test_a_hidden_width_that_the_op_has_not_is_refused_when_made():
+    with pytest.raises(ValueError, match="hidden must be at most 128, got 129"):
+        MixtureOfLanguageExperts(nn.Identity(), 4, hidden=129, instruction=Instruction())

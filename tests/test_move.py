@@ -311,3 +311,12 @@ def test_features_that_make_no_tokens_are_refused():
         branch("clip", transform="max")
     with pytest.raises(ValueError, match=r"^VisionBranch: size must be at least 1, got 0$"):
         VisionBranch(Encoder(5), 5, D, transform="pool", size=0)
+
+
+def test_more_branches_than_can_be_mixed_are_refused_when_made():
+    branches = {
+        str(i): VisionBranch(nn.Identity(), 4, 4, transform="pool", size=2) for i in range(9)
+    }
+    with pytest.raises(ValueError, match="branches must be at most 8 beside a router, got 9"):
+        MixtureOfVisionExperts(branches, 4)
+    assert len(MixtureOfVisionExperts(branches, 4, mix="addition").branches) == 9

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixpert_kernels.ops import grouped_adapter
+from mixpert_kernels.ops.grouped_adapter import MAX_HIDDEN
 from mixpert_kernels.routing import Routing
 
 from .grouped import accurate
@@ -154,7 +155,7 @@ class MixtureOfLanguageExperts(nn.Module):
     ``up_bias`` (K, D), ``scale`` (K,); children ``ffn`` and ``router``.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or ``hidden`` above 128.
     """
 
     def __init__(
@@ -172,6 +173,8 @@ class MixtureOfLanguageExperts(nn.Module):
         super().__init__()
         sizes = {"width": width, "hidden": hidden, "sentence_width": sentence_width}
         _check_sizes(**sizes, experts=experts)
+        if hidden > MAX_HIDDEN:
+            raise ValueError(f"{NAME}: hidden must be at most {MAX_HIDDEN}, got {hidden}")
         like = {"device": device, "dtype": dtype}
         self.ffn, self.instruction = ffn, instruction
         self.width, self.hidden, self.sentence_width = width, hidden, sentence_width

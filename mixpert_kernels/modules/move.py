@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mixpert_kernels.grids import Grids, require_grids
 from mixpert_kernels.ops import adaptive_pool, mix_streams
+from mixpert_kernels.ops.mix_streams import MAX_STREAMS
 from mixpert_kernels.routing import Routing
 
 from .adt import AdaptiveDeformableTransform
@@ -165,8 +166,8 @@ class MixtureOfVisionExperts(nn.Module):
     (B, 1 + L, D), or (B, L, D) where no branch has a ``cls``.
 
     Raises:
-        ValueError: no branch, branches of other widths or sizes, more than one ``cls``, an unknown ``mix``; in forward,
-            a branch missing or unknown, or as many instructions as there are no images.
+        ValueError: no branch, more than 8 with a router, branches of other widths or sizes, more than one ``cls``, an
+            unknown ``mix``; in forward, a branch missing or unknown, or another number of instructions than of images.
     """
 
     def __init__(
@@ -179,6 +180,8 @@ class MixtureOfVisionExperts(nn.Module):
         super().__init__()
         _require(_MOVE, len(branches) > 0, "branches", "hold at least one", "none")
         _require(_MOVE, mix in MIXES, "mix", f"be one of {', '.join(MIXES)}", mix)
+        few, wanted = len(branches) <= MAX_STREAMS, f"be at most {MAX_STREAMS} beside a router"
+        _require(_MOVE, few or mix == "addition", "branches", wanted, len(branches))
         sizes = {(branch.llm_width, branch.size) for branch in branches.values()}
         wanted = f"give width {llm_width} on a grid of one size"
         fits = len(sizes) == 1 and sizes.pop()[0] == llm_width
