@@ -329,7 +329,7 @@ def test_bad_input_is_named(model):
             model(**changed)
     bare = copy.copy(model)
     bare.sentence_encoder = None
-    with pytest.raises(ValueError, match=r"must be embeddings \(B, 8\) where the model has no"):
+    with pytest.raises(ValueError, match=r"must be embeddings \(B, 8\) where no sentence encoder is given"):
         bare(**given)
     bare.sentence_encoder = lambda texts: torch.zeros(len(texts), 5)
     with pytest.raises(ValueError, match=r"sentence_encoder must give \(2, 8\), got \(2, 5\)"):
@@ -358,7 +358,7 @@ def test_bad_arguments_are_named(tmp_path):
         ({"options": {"cls": True}}, "at most one with cls"),
         ({"sentence_encoder": 3}, "sentence_encoder must be a directory, a function or None"),
         ({"mix": "mean"}, "mix must be one of router, addition, got mean"),
-        ({"experts": -1}, "experts must be at least 1, got -1"),
+        ({"experts": -1}, "experts must be at least 0, got -1"),
     ):
         with pytest.raises(ValueError, match=text):
             make(**options)

@@ -136,7 +136,7 @@ def test_bad_input_is_one_line(saved, capsys, tmp_path):
         (
             [tmp_path / "function", "--instruction", "a"],
             1,
-            "where the model has no sentence encoder",
+            "where no sentence encoder is given and the model has none",
         ),
     ):
         got, line = fail(capsys, "route", *argv)

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     if args.model and args.checkpoint:
         images = [args.checkpoint, *images]
     if checkpoint is None or not images:
-        args.fail("the following arguments are required: IMAGES")
+        args.fail("the following arguments are required: IMAGES, or --instruction of a MoME model")
     paths = [p for path in images for p in (image_files(path) if path.is_dir() else [path])]
     with quiet():
         names, rows = route_files(checkpoint, paths)

@@ -31,7 +31,8 @@ def deform_attn(
 
     Args:
         value: (R, heads, d) floating point, the packed rows of all images. May be a slice of a wider tensor.
-        offsets: (B, Q, heads, points, 2) in patches, x first; floating point, float64 exactly where ``value`` is.
+        offsets: (B, Q, heads, points, 2) in patches, x first; floating point, float64 exactly where ``value`` is. One
+            that is not finite gives nothing or NaN, as the backend has it.
         logits: (B, Q, heads, points), likewise.
         reference: (Q, 2), likewise: (x, y) of each query, the same for all images.
         grids: H, W and rows of each image.

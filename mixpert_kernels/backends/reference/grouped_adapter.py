@@ -56,6 +56,7 @@ def grouped_adapter_backward(
     needs_x, needs_down, _, needs_up, _, needs_scale, needs_probabilities = needs
     ddown, dup = (torch.zeros_like(p, memory_format=torch.contiguous_format) for p in (down, up))
     dxs, rows_down, rows_up, inners = [], [], [], []
+    every = torch.arange(len(scale), device=expert.device)
     batch = (own_memory(t, cu_seqlens) for t in (dy, x))
     for dy_b, x_b, h, e in zip(*batch, tiles(hidden, cu_seqlens), expert, strict=True):
         dz = (dy_b @ row(up, e) * row(scale, e)).where(h > 0, 0)  # (T, H)
@@ -67,7 +68,9 @@ def grouped_adapter_backward(
         if needs_up:
             dup.index_add_(0, e.reshape(1), (dy_b.T @ (h * row(scale, e)))[None])
         if needs_scale or needs_probabilities:
-            inners.append(inner(dy_b, x_b, down, down_bias, up, up_bias))
+            asked = every if needs_probabilities else e.reshape(1)
+            layers = ((row(p, k) for p in (down, down_bias, up, up_bias)) for k in asked)
+            inners.append(torch.stack([inner(dy_b, x_b, *layer) for layer in layers]))
     grads = [
         joined(dxs, cu_seqlens),
         ddown,
@@ -78,24 +81,24 @@ def grouped_adapter_backward(
         dy.new_empty(0),
     ]
     if inners:
-        inners = torch.stack(inners)  # (B, E)
-        chosen = inners.gather(1, expert.long()[:, None]).squeeze(1)
-        grads[5] = torch.zeros_like(inners[0]).index_add_(0, expert, chosen).to(scale.dtype)
-        grads[6] = inners * scale.to(inners.dtype)
+        inners = torch.stack(inners)  # (B, E), or (B, 1) of the chosen adapters
+        chosen = inners.gather(1, expert.long()[:, None]) if needs_probabilities else inners
+        dscale = inners.new_zeros(scale.shape).index_add_(0, expert, chosen.squeeze(1))
+        grads[5] = dscale.to(scale.dtype)
+        grads[6] = inners * scale.to(inners.dtype) if needs_probabilities else inners
     return [g if needed else dy.new_empty(0) for g, needed in zip(grads, needs, strict=True)]
 
 
 def inner(
     dy: Tensor,  # (T, D), of a tile
     x: Tensor,  # (T, D)
-    down: Tensor,
+    down: Tensor,  # (H, D), of one adapter, as are the others
     down_bias: Tensor,
     up: Tensor,
     up_bias: Tensor,
-) -> Tensor:  # (E,), in float32 or better
-    """<dy, Adapter_k(x) / scale_k> for every k, from E * H hidden numbers a token instead of E * D outputs."""
-    experts, wide = down.shape[0], torch.promote_types(dy.dtype, torch.float32)
-    h = F.linear(x, down.flatten(0, 1), down_bias.flatten()).relu()  # (T, E * H)
-    g = dy @ up.transpose(0, 1).flatten(1)  # (T, E * H)
-    products = (h.to(wide) * g.to(wide)).sum(0).view(experts, -1).sum(1)
-    return products + up_bias.to(wide) @ dy.to(wide).sum(0)
+) -> Tensor:  # scalar, in float32 or better
+    """<dy, Adapter(x) / scale> from H hidden numbers a token instead of D outputs."""
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    h = F.linear(x, down, down_bias).relu()  # (T, H)
+    g = dy @ up  # (T, H)
+    return (h.to(wide) * g.to(wide)).sum() + up_bias.to(wide) @ dy.to(wide).sum(0)

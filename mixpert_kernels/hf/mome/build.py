@@ -70,6 +70,8 @@ def build(
     Raises:
         ValueError: an argument is out of its range, an option or name is unknown, or a directory holds no such model.
     """
+    if experts < 0:
+        raise ValueError(f"build: experts must be at least 0, got {experts}")
     _check_names(encoders, options, branches, processors)
     sources: dict[str, Path] = {}
     llm = _llm(llm, sources)

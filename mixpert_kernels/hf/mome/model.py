@@ -130,7 +130,7 @@ class MomeForConditionalGeneration(nn.Module):
             The LLM's output, its logits of the longer sequence, with ``loss`` where there are labels.
 
         Raises:
-            ValueError: as many instructions or images as there are no samples, a branch without images, or another
+            ValueError: another number of instructions or images than of samples, a branch without images, or another
                 number of placeholders than one a sample. Placeholders are counted on a CPU; on a GPU a wrong number
                 is a failed assertion of the device.
         """

@@ -93,8 +93,8 @@ def embed(caller: str, encoder: Embed | None, instructions: Any, width: int) -> 
             raise ValueError(f"{caller}: instructions must be texts, one a sample, got {texts[:3]}")
         if encoder is None:
             raise ValueError(
-                f"{caller}: instructions must be embeddings (B, {width}) where the model has no sentence encoder, got "
-                "texts"
+                f"{caller}: instructions must be embeddings (B, {width}) where no sentence encoder is given and the "
+                "model has none, got texts"
             )
         instructions, count = encoder(texts), len(texts)
         if instructions.shape != (count, width):
