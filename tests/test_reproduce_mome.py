@@ -60,7 +60,7 @@ TINY = Settings(
     llm_steps=2,
     steps=2,
     more_steps=2,
-    batch=16,
+    each=(2, 6, 6, 2),
 )
 
 
@@ -83,14 +83,23 @@ def test_a_scene_shows_what_is_said_of_it():
     """Each shape's colour is at its cell, and nowhere else on a background of none."""
     for index in range(30):
         rng = np.random.default_rng(index)
-        things = scenes.choose_things(2 + index % 3, rng)
-        image = np.asarray(scenes.draw_scene(things, rng, "test")).astype(int)
+        things = scenes.choose_things(1 + index % 3, rng)
+        drawn, cover = scenes.draw_scene(things, rng, "test")
+        image = np.asarray(drawn).astype(int)
         assert len({(t.color, t.shape) for t in things}) == len(things)
         for thing in things:
             top, left = thing.row * scenes.CELL, thing.column * scenes.CELL
             cell = image[top : top + scenes.CELL, left : left + scenes.CELL].reshape(-1, 3)
             away = {color: np.abs(cell - tone).sum(1).min() for color, tone in scenes.TONES.items()}
             assert min(away, key=away.get) == thing.color, (index, thing, away)
+        for number, thing in enumerate(things):
+            rows, columns = np.nonzero(cover == 1 + number)
+            assert abs(rows - thing.row).max() <= 1 and abs(columns - thing.column).max() <= 1
+            assert cover[thing.row, thing.column] == 1 + number
+            code = torch.tensor([data._code(thing)])
+            what, row, column = (int(v) for v in data.decode(code))
+            kind = (scenes.COLORS[what // 4], scenes.SHAPES[what % 4])
+            assert (*kind, column, row) == thing
 
 
 def test_a_page_says_its_word_where_its_targets_are():
@@ -278,10 +287,12 @@ def test_stage_two_begins_where_stage_one_ended(finished):
 
 def test_arms_see_the_same_questions_in_the_same_order():
     groups = [data.questions(group, TINY.split("train"), 0) for group in tasks.GROUPS]
-    first, again = (list(training.batches(groups, 4, 6, seed=1)) for _ in range(2))
+    first, again = (list(training.batches(groups, (4, 4, 4, 4), 6, seed=1)) for _ in range(2))
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one.ids, other.ids) and len(one.ids) == 16
-    epoch = torch.cat([batch.image[4:8] for batch in list(training.batches(groups, 4, 10, 2))])
+    epoch = torch.cat(
+        [batch.image[4:8] for batch in list(training.batches(groups, (4, 4, 4, 4), 10, 2))]
+    )
     assert sorted(epoch.tolist()) == list(range(40))  # of REC: every scene once
 
 

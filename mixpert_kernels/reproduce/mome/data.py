@@ -16,7 +16,7 @@ from .. import charts
 from ..styles import SPLITS
 from . import sentences
 from .pages import HEIGHTS, LETTERS, PATCH, WIDTHS, Page, draw_page
-from .scenes import CELLS, COLORS, SHAPES, SIDE, draw_scene
+from .scenes import CELLS, COLORS, SHAPES, SIDE, Thing, draw_scene
 from .tasks import ASKED, GROUPS, KINDS, Facts, Question, ask, encode, facts_of
 
 CHUNK = 500  # images rendered at a time
@@ -48,8 +48,8 @@ class Images(NamedTuple):
         square: (N, 64, 64, 3) uint8: each image resized to a square.
         native: (N, 48, 128, 3) uint8: pages as they are, in the upper left corner; of other kinds as ``square``.
         sizes: (N, 2) int64: H and W of ``native`` in patches.
-        target: (N, H, W) int64: of a scene, what has its centre in each cell; of a page, which letter is at each
-            patch; 0 is neither. Of a chart all 0.
+        target: (N, H, W) int64: of a scene, which thing is at each patch and where its centre is, see ``decode``; of a
+            page, which letter is at each patch; 0 is neither. Of a chart all 0.
     """
 
     square: np.ndarray
@@ -74,11 +74,8 @@ def render(kind: str, split: str, seed: int, index: int) -> tuple[Image.Image, n
     rng = _rng(seed, split, KINDS.index(kind), index)
     shown = facts_of(kind, index, rng)
     if kind == "scene":
-        target = np.zeros((CELLS, CELLS), np.int64)
-        for thing in shown.things:
-            kind_of_thing = COLORS.index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
-            target[thing.row, thing.column] = 1 + kind_of_thing
-        return draw_scene(list(shown.things), rng, split), target
+        image, cover = draw_scene(list(shown.things), rng, split)
+        return image, np.array([0, *(_code(thing) for thing in shown.things)])[cover]
     if kind == "page":
         page = draw_page("".join(shown.words), rng, split)
         return page.image, _letters(page)
@@ -88,6 +85,18 @@ def render(kind: str, split: str, seed: int, index: int) -> tuple[Image.Image, n
 
 def _rng(seed: int, split: str, stream: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, SPLITS.index(split), stream, index))
+
+
+def _code(thing: Thing) -> int:
+    """A scene's target at a thing: 1 + what it is, times the cells, + the cell of its centre; see ``decode``."""
+    what = COLORS.index(thing.color) * len(SHAPES) + SHAPES.index(thing.shape)
+    return 1 + what * CELLS**2 + thing.row * CELLS + thing.column
+
+
+def decode(target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a scene's targets that are not 0: what the things are, and the rows and columns of their centres."""
+    what, cell = (target - 1) // CELLS**2, (target - 1) % CELLS**2
+    return what, cell // CELLS, cell % CELLS
 
 
 def _letters(page: Page) -> np.ndarray:
@@ -116,7 +125,7 @@ def render_part(folder: Path, part: Part, seed: int) -> Iterator[int]:
     square = np.zeros((n, SIDE, SIDE, 3), np.uint8)
     native = np.zeros((n, PATCH * height, PATCH * width, 3) if page else (0,), np.uint8)
     sizes = np.full((n, 2), CELLS)
-    target = np.zeros((n, height, width), np.uint8)
+    target = np.zeros((n, height, width), np.int16)
     for i in range(n):
         image, places = render(part.kind, part.split, seed, i)
         if page:

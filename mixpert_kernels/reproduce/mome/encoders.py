@@ -1,8 +1,9 @@
 """Three small vision encoders with strengths of their own: each trained here, then frozen.
 
-``clip`` sees an image of 32 x 32 pixels and learns which words its caption has, from its CLS token. ``dino`` sees it at
-64 x 64 and learns which shape has its centre in which patch, and where that patch is. ``pix`` sees a page in its own
-width and height and learns which large letter lies at each patch.
+``clip`` sees an image of 32 x 32 pixels and learns which words its caption has, from its CLS token, and from the mean
+of its patches. ``dino`` sees it at 64 x 64 and learns which shape is at a patch, and in which patch its centre is.
+``pix`` sees an image in its own width and height and learns which large letter is at a patch. ``dino`` and ``pix`` see
+some images of other kinds too, on which there is nothing for them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from mixpert_kernels.hf.random_models import random_clip, random_dinov2, random_
 from mixpert_kernels.modules.move import Features
 
 from ..training import MAX_NORM, warm_cosine
-from .data import PATCH, WIDEST, Images, facts
+from .data import PATCH, WIDEST, Images, decode, facts
 from .pages import LETTERS
 from .scenes import CELLS, COLORS, SHAPES, SIDE
 from .settings import Settings
-from .tasks import CAPTION_WORDS
+from .tasks import CAPTION_WORDS, KINDS
 
 ENCODERS = ("clip", "dino", "pix")
-SEEN = {"clip": ("scene", "chart"), "dino": ("scene",), "pix": ("page",)}  # kinds to train on
+SEEN = {"clip": ("scene", "chart"), "dino": ("scene",), "pix": ("page",)}  # kinds to learn from
 THINGS = len(COLORS) * len(SHAPES)
 BATCH = 32  # images of each kind a step; clip's are small: twice as many
+OTHERS = 8  # images a step of each kind on which an encoder is to see nothing
 Progress = Callable[[int], None]
 
 
@@ -99,29 +101,33 @@ def train_encoder(
         optimizer, warm_cosine(settings.encoder_steps[ENCODERS.index(name)])
     )
     rng = np.random.default_rng((seed, ENCODERS.index(name)))
-    kinds = SEEN[name]
+    counts = images_by_kind(name)
     captions = {
-        kind: caption_targets(kind, "train", seed, len(images[kind].sizes)) for kind in kinds
+        kind: caption_targets(kind, "train", seed, len(images[kind].sizes)) for kind in counts
     }
-    batch = images_a_step(name) // len(kinds)
     for _ in range(settings.encoder_steps[ENCODERS.index(name)]):
         losses = []
-        for kind in kinds:
-            index = rng.integers(0, len(images[kind].sizes), batch)
+        for kind, count in counts.items():
+            index = rng.integers(0, len(images[kind].sizes), count)
             logits = _logits(model, head, name, images[kind], index, settings)
-            losses.append(_loss(name, logits, images[kind], captions[kind], index))
+            if kind in SEEN[name]:
+                losses.append(_loss(name, logits, images[kind], captions[kind], index))
+            else:
+                losses.append(F.cross_entropy(_what(name, logits), torch.zeros(len(logits)).long()))
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()
         nn.utils.clip_grad_norm_(parameters, MAX_NORM)
         optimizer.step()
         schedule.step()
-        progress(batch * len(kinds))
+        progress(sum(counts.values()))
     return model.eval(), head
 
 
-def images_a_step(name: str) -> int:
-    """How many images an encoder sees a step of its own training: clip's are small."""
-    return BATCH * len(SEEN[name]) * (1 + (name == "clip"))
+def images_by_kind(name: str) -> dict[str, int]:
+    """How many images of each kind an encoder sees a step of its own training."""
+    if name == "clip":
+        return {kind: 2 * BATCH for kind in SEEN[name]}
+    return {kind: BATCH if kind in SEEN[name] else OTHERS for kind in KINDS}
 
 
 def _labels(name: str) -> int:
@@ -148,7 +154,7 @@ def _logits(
     inputs = inputs_of(name, images, index, settings)
     hidden = model(**inputs).last_hidden_state
     if name == "clip":
-        return head(hidden[:, 0])
+        return head(torch.stack([hidden[:, 0], hidden[:, 1:].mean(1)]))  # (2, B, words)
     if name == "dino":
         return head(hidden[:, -(CELLS**2) :]).flatten(0, 1)
     return head(hidden[inputs["attention_mask"].bool()])
@@ -156,22 +162,33 @@ def _logits(
 
 def _loss(name: str, logits: Tensor, images: Images, captions: Tensor, index: np.ndarray) -> Tensor:
     if name == "clip":
-        return F.binary_cross_entropy_with_logits(logits, captions[index])
+        return F.binary_cross_entropy_with_logits(logits, captions[index].expand_as(logits))
     target = targets(images, index)
-    weight = torch.where(target > 0, 1.0, 0.2)  # most patches are of nothing
-    what = logits[:, : 1 + THINGS] if name == "dino" else logits
-    loss = (F.cross_entropy(what, target, reduction="none") * weight).sum() / weight.sum()
-    if name == "dino":
-        loss = loss + sum(F.cross_entropy(*axis) for axis in _where(logits, target))
-    return loss
-
-
-def _where(logits: Tensor, target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Of dino's patches that show something: logits of their column and row, and the right ones."""
-    place = torch.arange(len(target)) % CELLS**2
     shown = target > 0
-    column, row = logits[shown, 1 + THINGS :].split(CELLS, 1)
-    return [(column, place[shown] % CELLS), (row, place[shown] // CELLS)]
+    weight = torch.where(shown, 1.0, 0.2)  # most patches are of nothing
+    what, *where = _sought(name, target)
+    loss = F.cross_entropy(_what(name, logits), what, reduction="none")
+    places = zip(_where(logits[shown]), where, strict=False)
+    return (loss * weight).sum() / weight.sum() + sum(F.cross_entropy(*pair) for pair in places)
+
+
+def _what(name: str, logits: Tensor) -> Tensor:
+    """The logits of what is at a patch."""
+    return logits[:, : 1 + THINGS] if name == "dino" else logits
+
+
+def _where(logits: Tensor) -> tuple[Tensor, ...]:
+    """dino's logits of the row and the column of a thing's centre."""
+    return logits[:, 1 + THINGS :].split(CELLS, 1)
+
+
+def _sought(name: str, target: Tensor) -> list[Tensor]:
+    """What is at each patch, 0 for nothing; of dino also the row and the column, where there is something."""
+    if name == "pix":
+        return [target]
+    what, row, column = decode(target)
+    shown = target > 0
+    return [torch.where(shown, 1 + what, 0), row[shown], column[shown]]
 
 
 def targets(images: Images, index: np.ndarray) -> Tensor:
@@ -196,22 +213,25 @@ def measure(
     found = {}
     for kind in SEEN[name]:
         index = np.arange(len(images[kind].sizes))
-        logits = torch.cat(
-            [
-                _logits(model, head, name, images[kind], part, settings)
-                for part in np.array_split(index, 8)
-            ]
-        )
+        parts = np.array_split(index, 8)
+        logits = [_logits(model, head, name, images[kind], part, settings) for part in parts]
         if name == "clip":
-            right = ((logits > 0) == (caption_targets(kind, "test", seed, len(index)) > 0)).all(1)
+            said = torch.cat([of_part[0] for of_part in logits]) > 0
+            right = (said == (caption_targets(kind, "test", seed, len(index)) > 0)).all(1)
         else:
-            target = targets(images[kind], index)
-            what = logits[:, : 1 + THINGS] if name == "dino" else logits
-            right = (what.argmax(1) == target)[target > 0]
-            for said, place in _where(logits, target) if name == "dino" else []:
-                right &= said.argmax(1) == place
+            right = _right(name, torch.cat(logits), targets(images[kind], index))
         found[kind] = 100 * float(right.float().mean())
     return found
+
+
+def _right(name: str, logits: Tensor, target: Tensor) -> Tensor:
+    """Of the patches that show something, which are told right."""
+    shown = target > 0
+    what, *where = _sought(name, target)
+    right = _what(name, logits).argmax(1)[shown] == what[shown]
+    for said, place in zip(_where(logits[shown]), where, strict=False):
+        right &= said.argmax(1) == place
+    return right
 
 
 @torch.no_grad()

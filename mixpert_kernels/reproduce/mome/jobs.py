@@ -33,7 +33,7 @@ def plan(settings: Settings) -> list[Job]:
         before = [llm]
         for name, steps in zip(ENCODERS, settings.encoder_steps, strict=True):
             before.append(f"{seed}-encoder-{name}")
-            seen = encoders.images_a_step(name) * steps + drawn
+            seen = sum(encoders.images_by_kind(name).values()) * steps + drawn
             jobs.append(Job(before[-1], seed, "encoder", name, (render,), seen))
         asked = settings.batch * settings.steps
         jobs += [Job(f"{seed}-{arm}", seed, "first", arm, tuple(before), asked) for arm in FIRST]

@@ -13,7 +13,7 @@ SIDE = 64
 CELLS = 8  # a side: a position is the cell that holds a shape's centre
 CELL = SIDE // CELLS
 APART = 2  # cells between two shapes' centres, in either direction
-COUNTS = (2, 3, 4)
+COUNTS = (1, 2, 3)
 COLORS = ("red", "green", "blue", "yellow")
 SHAPES = ("circle", "square", "triangle", "cross")
 TONES = {
@@ -54,16 +54,26 @@ def choose_things(count: int, rng: np.random.Generator) -> list[Thing]:
     ]
 
 
-def draw_scene(things: list[Thing], rng: np.random.Generator, split: str) -> Image.Image:
-    """Draw the shapes on a crop of one of the photographs of ``split``: 64 x 64 pixels RGB."""
+def draw_scene(
+    things: list[Thing], rng: np.random.Generator, split: str
+) -> tuple[Image.Image, np.ndarray]:
+    """Draw the shapes on a crop of one of the photographs of ``split``.
+
+    Returns:
+        64 x 64 pixels RGB, and which thing is at the centre of each cell: (8, 8), 0 none, else 1 + its number.
+    """
     image = Image.fromarray(crop(rng, split, SIDE))
     pen = ImageDraw.Draw(image)
-    for thing in things:
+    cover = np.zeros((CELLS, CELLS), np.int64)
+    middle = CELL * (np.arange(CELLS) + 0.5)
+    for number, thing in enumerate(things):
         x = thing.column * CELL + rng.uniform(2, CELL - 2)
         y = thing.row * CELL + rng.uniform(2, CELL - 2)
+        half = rng.uniform(5.0, 7.0)
         tone = np.clip(np.array(TONES[thing.color]) + rng.normal(0, 14, 3), 0, 255).astype(int)
-        _shape(pen, thing.shape, x, y, rng.uniform(5.0, 7.0), tuple(tone.tolist()))
-    return image
+        _shape(pen, thing.shape, x, y, half, tuple(tone.tolist()))
+        cover[np.ix_(abs(middle - y) <= half, abs(middle - x) <= half)] = 1 + number
+    return image, cover
 
 
 def _shape(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .data import Part
-from .tasks import GROUPS, KINDS
+from .tasks import KINDS
 
 SHARES = {"scene": 1.0, "chart": 0.5, "page": 1.0}  # of ``train`` and of ``test``
 
@@ -33,7 +33,7 @@ class Settings:
         llm_steps: of the language model's own training, on text.
         steps: of stage 1.
         more_steps: of stage 2.
-        batch: questions a step, a quarter of each group.
+        each: questions of each group a step: REC and REG take longest to learn.
         encoder_rate: peak learning rate of an encoder's own training.
         llm_rate: of the language model's.
         rate: of stage 1.
@@ -56,11 +56,11 @@ class Settings:
     adapter: int = 8
     train: int = 6_000
     test: int = 1_000
-    encoder_steps: tuple[int, ...] = (1_200, 700, 800)
+    encoder_steps: tuple[int, ...] = (1_200, 1_000, 800)
     llm_steps: int = 3_000
     steps: int = 900
-    more_steps: int = 300
-    batch: int = 64
+    more_steps: int = 400
+    each: tuple[int, ...] = (8, 24, 24, 8)
     encoder_rate: float = 3e-3
     llm_rate: float = 3e-3
     rate: float = 3e-3
@@ -83,9 +83,9 @@ class Settings:
         return self.size**2 + 1
 
     @property
-    def each(self) -> int:
-        """Questions of a group in a step."""
-        return self.batch // len(GROUPS)
+    def batch(self) -> int:
+        """Questions a step."""
+        return sum(self.each)
 
 
 FULL = Settings()

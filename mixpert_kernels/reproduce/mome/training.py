@@ -72,9 +72,12 @@ def run(
     return model(batch.ids, images=images, instructions=batch.instruction, **options)
 
 
-def batches(groups: list[Questions], each: int, steps: int, seed: int) -> Iterator[Questions]:
-    """``steps`` batches of ``each`` questions of each group, each group in shuffled epochs of its own."""
-    streams = [_shuffled(group, each, (seed, i)) for i, group in enumerate(groups)]
+def batches(
+    groups: list[Questions], each: tuple[int, ...], steps: int, seed: int
+) -> Iterator[Questions]:
+    """``steps`` batches of so many questions of each group, each group in shuffled epochs of its own."""
+    pairs = enumerate(zip(groups, each, strict=True))
+    streams = [_shuffled(group, count, (seed, i)) for i, (group, count) in pairs]
     for _ in range(steps):
         parts = [next(stream) for stream in streams]
         yield Questions(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
