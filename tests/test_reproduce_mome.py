@@ -18,6 +18,7 @@ pytest.importorskip("skimage", reason="the extra 'reproduce' is not installed: n
 pytest.importorskip("sklearn", reason="the extra 'reproduce' is not installed: no scikit-learn")
 
 from mixpert_kernels.cli import main
+from mixpert_kernels.reproduce import photos
 from mixpert_kernels.reproduce import run as scheduler
 from mixpert_kernels.reproduce.mome import (
     data,
@@ -39,6 +40,7 @@ from mixpert_kernels.reproduce.mome import (
 from mixpert_kernels.reproduce.mome.settings import FULL, QUICK, Settings
 from mixpert_kernels.reproduce.results import arrays_of
 from mixpert_kernels.reproduce.settings import open_folder
+from mixpert_kernels.reproduce.styles import SOURCES
 from mixpert_kernels.reproduce.worker import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in a job's own process
@@ -153,6 +155,19 @@ def test_splits_have_nothing_in_common(finished):
         for image in data.load(finished, parts[split][part], seed).square:
             assert seen.setdefault(image.tobytes(), (split, seed)) == (split, seed)
     assert len(seen) == 2 * sum(part.size for part in TINY.parts())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_are_drawn_from_their_own_split(split, monkeypatch):
+    fonts, crops = set(), set()
+    pyramid, load = photos._pyramid, pages.font
+    monkeypatch.setattr(photos, "_pyramid", lambda name: crops.add(name) or pyramid(name))
+    monkeypatch.setattr(pages, "font", lambda *name: fonts.add(name) or load(*name))
+    for kind, i in itertools.product(tasks.KINDS, range(80)):
+        data.render(kind, split, 0, i)
+    assert crops == set(SOURCES[split].photos)
+    assert {name for name, size in fonts if size == pages.SIZE} == set(pages.FONTS[split])
+    assert {name for name, size in fonts if size != pages.SIZE} == set(SOURCES[split].fonts)
     for one, other in itertools.combinations(pages.FONTS.values(), 2):
         assert set(one).isdisjoint(other)
 
@@ -204,6 +219,10 @@ def test_jobs_come_after_what_they_need():
             assert done.issuperset(job.after), job
             assert job.name not in done
             done.add(job.name)
+            read = {f"{job.seed}-llm", *(f"{job.seed}-encoder-{n}" for n in encoders.ENCODERS)}
+            read = {"first": read, "second": read | {f"{job.seed}-{model.BASE}"}}
+            read["encoder"] = {f"{job.seed}-render"}
+            assert read.get(job.method, set()) <= set(job.after), job
     arms = {job.detail for job in jobs.plan(FULL) if job.method in ("first", "second")}
     assert arms == {*model.FIRST, "one", "mole", "wide"} == set(report.TITLES)
     assert {arm for pair in results.PAIRS for arm in pair} <= arms

@@ -104,6 +104,6 @@ def grow(model: MomeForConditionalGeneration, state: dict[str, torch.Tensor]) ->
             if parameter.shape[1:] == old.shape[1:]:
                 parameter.copy_(old.expand_as(parameter))  # a copy for each expert
             elif name.endswith(".up"):
-                parameter.zero_()[..., : old.shape[2]] = old
+                parameter[..., : old.shape[2]] = old  # and 0 for the new hidden units, as made
             else:  # down and down_bias keep their new rows, which up does not read yet
                 parameter[:, : old.shape[1]] = old
