@@ -187,7 +187,9 @@ def test_all_adapters_are_looked_at_only_for_the_routers_gradient(pair, monkeypa
     one = 4 * TOKENS * 2 * (2 * WIDTH * HIDDEN)
     assert forward == one
     asked = EXPERTS if router else 1  # else for the chosen one's scale
-    assert backward <= 2 * one + asked * (one + 2 * 4 * WIDTH)  # hidden numbers, and what meets them
+    assert backward <= 2 * one + asked * (
+        one + 2 * 4 * WIDTH
+    )  # hidden numbers, and what meets them
 
 
 def test_fresh_experts_give_the_bits_of_the_ffn():

@@ -329,7 +329,9 @@ def test_bad_input_is_named(model):
             model(**changed)
     bare = copy.copy(model)
     bare.sentence_encoder = None
-    with pytest.raises(ValueError, match=r"must be embeddings \(B, 8\) where no sentence encoder is given"):
+    with pytest.raises(
+        ValueError, match=r"must be embeddings \(B, 8\) where no sentence encoder is given"
+    ):
         bare(**given)
     bare.sentence_encoder = lambda texts: torch.zeros(len(texts), 5)
     with pytest.raises(ValueError, match=r"sentence_encoder must give \(2, 8\), got \(2, 5\)"):
