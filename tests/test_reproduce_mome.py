@@ -186,8 +186,7 @@ def test_what_is_kept_is_what_is_drawn(finished):
     assert own.shape == (height * width, 2 + 3 * pages.PATCH**2)
     assert own[:, :2].tolist() == [[i + 1, j + 1] for i, j in np.ndindex(height, width)]
     pixels = (own[width + 2, 2:].view(pages.PATCH, pages.PATCH, 3) + 1) * 127.5  # row 1, column 2
-    want = np.asarray(image)[8:16, 16:24]
-    assert np.array_equal(pixels.round().numpy(), want)
+    assert np.array_equal(pixels.round().numpy(), np.asarray(image)[8:16, 16:24])
     doc, rec = (data.questions(group, TINY.split("test"), 1) for group in ("Doc", "REC"))
     assert doc.image.tolist() == list(range(30, 50)) and rec.image.tolist() == list(range(20))
 
@@ -196,8 +195,7 @@ def test_sentences_are_the_same_on_any_machine():
     embedded = sentences.embed(["where is the red circle", "spell the word of the page"])
     assert embedded.shape == (2, 384) and embedded.dtype == torch.float32
     torch.testing.assert_close(embedded.norm(dim=1), torch.ones(2))
-    first = sentences._word("where")[:3]
-    assert [round(float(v), 3) for v in first] == [1.865, 3.011, 2.436]
+    assert [round(float(v), 3) for v in sentences._word("where")[:3]] == [1.865, 3.011, 2.436]
     again = sentences.embed(["the red circle where is"])
     torch.testing.assert_close(again, embedded[:1])
 
