@@ -75,9 +75,9 @@ def _wide(found: dict[str, Any]) -> str:
     entry, wide = difference(found, "mole", "wide")[OVERALL], difference(found, "wide", "one")
     than = {1: "better than", 0: "not told apart from", -1: "worse than"}[sign(entry)]
     return (
-        f"**Against one adapter of {found['settings']['experts']} times the hidden width**, as many parameters and "
-        f"more arithmetic a token, the language experts are {than} it: {points(entry)} overall. The wide adapter "
-        f"against the narrow one: {points(wide[OVERALL])}."
+        f"**Against one adapter of {found['settings']['experts']} times the hidden width**, about as many parameters "
+        f"in adapters and more arithmetic a token, the language experts are {than} it: {points(entry)} overall. The "
+        f"wide adapter against the narrow one: {points(wide[OVERALL])}."
     )
 
 
