@@ -152,7 +152,7 @@ def _sections(found: dict[str, Any]) -> list[Section]:
             "Paired differences",
             "Points, mean over seeds ± standard error over test images (paired), and in brackets the standard "
             "deviation over seeds.",
-            _paired(found),
+            paired_table(found["differences"], TITLES, DOMAINS),
             None,
         ),
         (
@@ -217,11 +217,14 @@ def _accuracy(found: dict[str, Any]) -> Table:
     return rows
 
 
-def _paired(found: dict[str, Any]) -> Table:
-    rows = [["", *DOMAINS, OVERALL]]
-    for pair in found["differences"]:
-        title = f"{TITLES[pair['of']]} − {TITLES[pair['minus']]}"
-        rows.append([title, *(difference_cell(pair[d]) for d in (*DOMAINS, OVERALL))])
+def paired_table(
+    pairs: list[dict[str, Any]], titles: dict[str, str], groups: tuple[str, ...]
+) -> Table:
+    """A row a difference of two methods, a column a group of images or questions, and all of them."""
+    rows = [["", *groups, OVERALL]]
+    for pair in pairs:
+        title = f"{titles[pair['of']]} − {titles[pair['minus']]}"
+        rows.append([title, *(difference_cell(pair[group]) for group in (*groups, OVERALL))])
     return rows
 
 

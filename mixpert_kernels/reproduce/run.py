@@ -134,12 +134,30 @@ def reproduce(
     measured = cost.measure(folder, settings)
     seconds = add_seconds(folder, time.perf_counter() - start)
     found = results.gather(folder, settings, measured, seconds)
+    return present(folder, found, docs, plots, report)
+
+
+def present(
+    folder: Path, found: dict[str, Any], docs: Path | None, plots: ModuleType, report: ModuleType
+) -> Path:
+    """Draw what was found, write its report, and as a page below ``docs`` where given, and print it.
+
+    Args:
+        folder: of the run.
+        found: as ``results.gather`` returns it.
+        docs: where to write the report as a page too, with its plots and numbers.
+        plots: the study's module with ``draw``.
+        report: the study's module with ``write``, ``publish`` and ``tables``.
+
+    Returns:
+        The report's path.
+    """
     plots.draw(folder, found)
     path = report.write(folder, found)
     if docs is not None:
         report.publish(folder, docs, found)
     print(report.tables(found))
-    print(f"\nreport    {path}\ntotal     {seconds / 60:.1f} minutes")
+    print(f"\nreport    {path}\ntotal     {found['seconds'] / 60:.1f} minutes")
     return path
 
 
@@ -163,14 +181,18 @@ def run_pilot(folder: Path, settings: Settings, processes: int | None = None) ->
 
 
 def choose(quick: bool, seeds: int | None) -> Settings:
-    """The settings that the command line asks for.
+    """The settings that the command line asks for; ValueError where ``seeds`` is below 1."""
+    return with_seeds(QUICK if quick else FULL, seeds)
+
+
+def with_seeds(settings: Any, seeds: int | None) -> Any:
+    """A study's settings with another number of seeds; None: as they are.
 
     Raises:
         ValueError: ``seeds`` is below 1.
     """
     if seeds is not None and seeds < 1:
         raise ValueError(f"reproduce: seeds must be at least 1, got {seeds}")
-    settings = QUICK if quick else FULL
     return settings if seeds is None else replace(settings, seeds=seeds)
 
 

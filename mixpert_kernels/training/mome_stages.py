@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
 from torch import nn
 
 from mixpert_kernels.modules.mole import ADAPTER, MixtureOfLanguageExperts
 from mixpert_kernels.modules.move import MixtureOfVisionExperts, VisionBranch
 
-from .stages import StageRow, print_stage
+from .stages import StageRow, train_parts
 
 MOME_STAGES = ("move", "clone", "mole")
 _TRAINED = {
@@ -55,19 +54,7 @@ def set_mome_stage(
     if stage == "clone":
         for layer in layers:
             layer.reclone(num_experts)
-    rows = []
-    for part, parameters in _parts(model).items():
-        trains = stage in _TRAINED[part]
-        for parameter in parameters:
-            parameter.requires_grad_(trains)
-            if not trains:
-                parameter.grad = None
-        count = sum(p.numel() for p in parameters)
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        rows.append(StageRow(part, count * trains, count * (not trains), size))
-    if not (dist.is_initialized() and dist.get_rank()):
-        print_stage(stage, rows)
-    return rows
+    return train_parts(stage, _parts(model), _TRAINED)
 
 
 def vision_mixture(model: nn.Module) -> MixtureOfVisionExperts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -101,22 +102,10 @@ def set_stage(model: nn.Module, stage: str, *, num_experts: int | None = None) -
     _check(tower, stage, num_experts)
     if stage == "clone":
         _clone(tower, num_experts or tower.config.num_experts)
-    rows = []
-    for part, parameters in _parts(model, tower).items():
-        trains = stage in _TRAINED[part]
-        for parameter in parameters:
-            parameter.requires_grad_(trains)
-            if not trains:
-                parameter.grad = None
-        count = sum(p.numel() for p in parameters)
-        size = sum(p.numel() * p.element_size() for p in parameters)
-        rows.append(StageRow(part, count * trains, count * (not trains), size))
     _stages[tower] = stage
     if stage == "experts" and not _guards:
         _guards.append(register_optimizer_step_pre_hook(_refuse_stock_optimizers))
-    if not (dist.is_initialized() and dist.get_rank()):
-        print_stage(stage, rows)
-    return rows
+    return train_parts(stage, _parts(model, tower), _TRAINED)
 
 
 def stage_of(model: nn.Module) -> str | None:
@@ -155,10 +144,33 @@ def is_grouped(parameter: nn.Parameter) -> bool:
     )
 
 
-def print_stage(stage: str, rows: list[StageRow]) -> None:
-    """Print what a stage trains, as a table."""
-    head = (f"stage {stage}", *StageRow._fields[1:])
-    print_table([head, *(tuple(map(str, row)) for row in rows)])
+def train_parts(
+    stage: str, parts: Mapping[str, list[nn.Parameter]], trained: Mapping[str, tuple[str, ...]]
+) -> list[StageRow]:
+    """Have those parts train that a stage trains, freeze the others without their ``grad``, and print a table of them.
+
+    Args:
+        stage: its name.
+        parts: the parameters of each part.
+        trained: the stages that train each part.
+
+    Returns:
+        One row a part, as printed (in a process group by the first process alone).
+    """
+    rows = []
+    for part, parameters in parts.items():
+        trains = stage in trained[part]
+        for parameter in parameters:
+            parameter.requires_grad_(trains)
+            if not trains:
+                parameter.grad = None
+        count = sum(p.numel() for p in parameters)
+        size = sum(p.numel() * p.element_size() for p in parameters)
+        rows.append(StageRow(part, count * trains, count * (not trains), size))
+    if not (dist.is_initialized() and dist.get_rank()):
+        head = (f"stage {stage}", *StageRow._fields[1:])
+        print_table([head, *(tuple(map(str, row)) for row in rows)])
+    return rows
 
 
 def _check(tower: FusedMixpertTower, stage: str, num_experts: int | None) -> None:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..report import Section, Table, columns, difference_cell, markdown, spread_cell
+from ..report import Section, Table, columns, markdown, paired_table, spread_cell
 from ..results import RESULTS
 from ..statistics import OVERALL
 from .encoders import ENCODERS
@@ -167,7 +167,7 @@ def _sections(found: dict[str, Any]) -> list[Section]:
             "Paired differences",
             "Points, mean over seeds ± standard error over test questions (paired), and in brackets the standard "
             "deviation over seeds.",
-            _paired(found),
+            paired_table(found["differences"], TITLES, GROUPS),
             PLOTS["differences"],
         ),
         (
@@ -207,14 +207,6 @@ def _accuracy(found: dict[str, Any]) -> Table:
         own = sum(n for name, n in found["parameters"][arm].items() if name != "other")
         paper = f"{PAPER[arm]:.2f}" if arm in PAPER else ""
         rows.append([title, *cells, f"{own:,}", paper])
-    return rows
-
-
-def _paired(found: dict[str, Any]) -> Table:
-    rows = [["", *GROUPS, OVERALL]]
-    for pair in found["differences"]:
-        title = f"{TITLES[pair['of']]} − {TITLES[pair['minus']]}"
-        rows.append([title, *(difference_cell(pair[group]) for group in (*GROUPS, OVERALL))])
     return rows
 
 

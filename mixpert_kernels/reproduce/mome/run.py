@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from ..run import add_seconds, run_all
+from ..run import add_seconds, present, run_all, with_seeds
 from . import jobs, plots, report, results
 from .settings import FULL, QUICK, Settings
 
@@ -26,22 +25,9 @@ def reproduce(
     run_all(folder, settings, processes, jobs)
     seconds = add_seconds(folder, time.perf_counter() - start)
     found = results.gather(folder, settings, seconds)
-    plots.draw(folder, found)
-    path = report.write(folder, found)
-    if docs is not None:
-        report.publish(folder, docs, found)
-    print(report.tables(found))
-    print(f"\nreport    {path}\ntotal     {seconds / 60:.1f} minutes")
-    return path
+    return present(folder, found, docs, plots, report)
 
 
 def choose(quick: bool, seeds: int | None) -> Settings:
-    """The settings that the command line asks for.
-
-    Raises:
-        ValueError: ``seeds`` is below 1.
-    """
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"reproduce: seeds must be at least 1, got {seeds}")
-    settings = QUICK if quick else FULL
-    return settings if seeds is None else replace(settings, seeds=seeds)
+    """The settings that the command line asks for; ValueError where ``seeds`` is below 1."""
+    return with_seeds(QUICK if quick else FULL, seeds)
