@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from _served import skip_unless_served
 
 from mixpert_kernels import Routing, ops
-from mixpert_kernels.backends import BACKENDS, why_not
+from mixpert_kernels.backends import BACKENDS
 
 K, H, N, E = 24, 20, 16, 5
 LENGTHS = (5, 0, 1, 70, 17, 0)
@@ -140,14 +141,9 @@ def everything(op, function, p, dtype=None, dys=None):
     return results | inference | {f"d{n}": g for n, g in zip(p, grads, strict=True)}
 
 
-def skip_unless_it_runs(op, backend, dtype=torch.float32):
-    if reason := why_not(op, backend, device="cpu", dtype=dtype):
-        pytest.skip(f"{backend}: {reason}")
-
-
 @pytest.fixture(autouse=True)
 def runs_here(request):
     case = getattr(request.node, "callspec", None)
     if case is not None and "backend" in case.params:
         dtype = case.params.get("dtype", torch.float32)
-        skip_unless_it_runs(case.params["op"], case.params["backend"], dtype)
+        skip_unless_served(case.params["op"], case.params["backend"], dtype)

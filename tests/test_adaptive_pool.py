@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import numpy as np
 import pytest
 import torch
@@ -26,10 +29,7 @@ FEW = ((3, 5), (6, 6), (1, 9))
 FAR = ((1, 2048), (45, 45))  # what a pool to 16 x 16 has to serve
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not("adaptive_pool", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, "adaptive_pool")
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

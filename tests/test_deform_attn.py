@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,10 +35,7 @@ def order(request):
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not("deform_attn", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, "deform_attn")
 
 
 def problem(sizes, *, queries=6, heads=2, points=3, d=8, dtype=torch.float64, seed=0):

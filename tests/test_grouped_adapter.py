@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import pytest
 import torch
 from torch import nn
 
 from mixpert_kernels import Routing
-from mixpert_kernels.backends import BACKENDS, why_not
+from mixpert_kernels.backends import BACKENDS
 from mixpert_kernels.ops import grouped_adapter
 from mixpert_kernels.testing import assert_as_accurate
 
@@ -102,10 +105,7 @@ def run(function, start, dtype, dy):
     return found | {f"d{n}": g for n, g in zip(p, grads, strict=True)}
 
 
-def skip_unless_served(backend, dtype=torch.float32):
-    reason = why_not("grouped_adapter", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+skip_unless_served = functools.partial(_served.skip_unless_served, "grouped_adapter")
 
 
 def test_by_hand():

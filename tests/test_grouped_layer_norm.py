@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import numpy as np
 import pytest
 import torch
@@ -23,10 +26,7 @@ HERE = [
 NAMES = ("x", "weight", "bias")
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not("grouped_layer_norm", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, "grouped_layer_norm")
 
 
 def oracle(x, weight, bias, expert, eps):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 
+import _served
 import numpy as np
 import pytest
 import torch
@@ -78,15 +79,13 @@ def call(p, expert, activation="none", backend="auto"):
     return grouped_linear(p["x"], p["weight"], p["bias"], routing, activation=activation, **last)
 
 
-def skip_unless_it_runs(backend, dtype=torch.float32):
-    if reason := why_not("grouped_linear", backend, device="cpu", dtype=dtype):
-        pytest.skip(f"{backend}: {reason}")
+skip_unless_served = functools.partial(_served.skip_unless_served, "grouped_linear")
 
 
 @pytest.fixture(autouse=True)
 def runs_here(request):
     if (case := getattr(request.node, "callspec", None)) and "backend" in case.params:
-        skip_unless_it_runs(case.params["backend"], case.params.get("dtype", torch.float32))
+        skip_unless_served(case.params["backend"], case.params.get("dtype", torch.float32))
 
 
 def leaves(p, dtype=None):
@@ -312,7 +311,7 @@ def test_a_sequence_of_weights_equals_as_many_calls(backend, biased, widths):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_computes_as_if_everything_were_cast(backend):
-    skip_unless_it_runs(backend, torch.bfloat16)
+    skip_unless_served(backend, torch.bfloat16)
     expert = [1, 0, 1]
     p = leaves(problem(5, 8, 6, expert, 2), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

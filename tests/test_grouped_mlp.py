@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import pytest
 import torch
 import torch.nn.functional as F
 
 from mixpert_kernels import Routing
-from mixpert_kernels.backends import BACKENDS, why_not
+from mixpert_kernels.backends import BACKENDS
 from mixpert_kernels.ops import grouped_linear, grouped_mlp
 from mixpert_kernels.testing import assert_as_accurate
 
@@ -85,10 +88,7 @@ def gradients(p, y, dy):
     return dict(zip(names, torch.autograd.grad(y, [p[n] for n in names], dy), strict=True))
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not("grouped_mlp", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(f"{backend}: {reason}")
+skip_unless_served = functools.partial(_served.skip_unless_served, "grouped_mlp")
 
 
 def test_by_hand():

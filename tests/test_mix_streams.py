@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import _served
 import numpy as np
 import pytest
 import torch
@@ -21,10 +24,7 @@ HERE = [
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not("mix_streams", backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, "mix_streams")
 
 
 def problem(count, batch, tokens, width, *, cls=True, dtype=torch.float64):

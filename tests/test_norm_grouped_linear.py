@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 
+import _served
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,10 +74,7 @@ def to(p, dtype):
     return tuple(cast(value) for value in p)
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not(OP, backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, OP)
 
 
 def test_by_hand():

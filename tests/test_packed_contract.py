@@ -20,7 +20,7 @@ from _packed import (
     problem,
     resized,
     runs_here,  # noqa: F401, a fixture of every test
-    skip_unless_it_runs,
+    skip_unless_served,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -108,7 +108,7 @@ def test_compiles_as_one_graph_for_any_rows_and_tiles(op, backend):
 @all_backends
 @pytest.mark.parametrize("op", ["grouped_layer_norm", "grouped_linear", "grouped_mlp"])
 def test_autocast_computes_as_if_everything_were_cast(op, backend):
-    skip_unless_it_runs(op, backend, torch.bfloat16)
+    skip_unless_served(op, backend, torch.bfloat16)
     p = {n: t.requires_grad_() for n, t in problem(op, dtype=torch.float32).items()}
     with torch.autocast("cpu", torch.bfloat16):
         y = call(op, p, backend=backend)["y"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 
+import _served
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,10 +85,7 @@ def call(p, **options):
     return route_grouped_linear(*p, **{"norm_eps": 1e-6} | options)
 
 
-def skip_unless_served(backend, dtype):
-    reason = why_not(OP, backend, device="cpu", dtype=dtype)
-    if reason is not None:
-        pytest.skip(reason)
+skip_unless_served = functools.partial(_served.skip_unless_served, OP)
 
 
 def assert_same_bits(got, wanted):
